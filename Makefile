@@ -1,0 +1,70 @@
+# Everything a contributor or a CI machine runs. `make help` lists it.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+CODE := lightning_mtl tests examples benchmarks docs
+
+# One thread a process: the tests and the demo are many small matrices, and `compare` runs side by
+# side in processes.
+export OMP_NUM_THREADS ?= 1
+# No window is ever opened.
+export MPLBACKEND ?= Agg
+export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help install lint format types test test-slow test-lowest docs demo bench ci clean
+
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+# The stamp is the last thing written, so that an interrupted installation is done again, and a
+# finished one is not repeated until pyproject.toml changes.
+$(INSTALLED): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -e ".[dev]"
+	touch $@
+
+install: $(INSTALLED)  ## create .venv and install the package with everything it needs (once)
+
+lint: install  ## ruff: rules and formatting
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/ruff format --check $(CODE)
+
+format: install  ## let ruff repair what it can
+	$(BIN)/ruff check --fix $(CODE)
+	$(BIN)/ruff format $(CODE)
+
+types: install  ## mypy, strict, over the package
+	$(BIN)/mypy
+
+test: install  ## all fast tests
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: install  ## the long runs: many kills, whole comparisons
+	$(BIN)/python -m pytest -m slow
+
+# The oldest versions that pyproject.toml admits, in an environment of their own.
+test-lowest:  ## the fast tests on the oldest supported versions
+	$(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/python -m pip install --quiet -e . pytest hypothesis tensorboard \
+		scikit-learn matplotlib "torch==2.6.*" "torchvision==0.21.*" "lightning==2.5.0" \
+		"pytorch-lightning==2.5.0" "torchmetrics==1.3.*" "jsonargparse[signatures]==4.39.*"
+	.venv-lowest/bin/python -m pytest -m "not slow"
+
+docs: install  ## build the pages (warnings are errors) and run their examples
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+	$(BIN)/python -m sphinx -W --keep-going -q -b doctest docs docs/_build/doctest
+
+demo: install  ## two digits, every balancer, three seeds; report in demo_results/
+	$(BIN)/lightning-mtl compare --config examples/digits/compare.yaml \
+		--balancers examples/digits/balancers.yaml --seeds 3 --workers 2 --out demo_results
+
+bench: install  ## step time and memory beside plain Lightning
+	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+
+ci: lint types test docs  ## what CI runs
+
+clean:  ## remove what builds and runs wrote; the environment stays
+	rm -rf build dist docs/_build demo_results .mypy_cache .pytest_cache .ruff_cache .hypothesis

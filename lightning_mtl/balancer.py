@@ -1,0 +1,231 @@
+"""The two stages of balancing as Lightning callbacks: loss weights, then one direction from the task gradients."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+
+_PLAIN = (bool, int, float, str, type(None))
+
+
+class Balancer(Callback):
+    """What loss balancers and gradient balancers share: declared state and its checkpoint.
+
+    A balancer is an ordinary callback: the Trainer saves and restores its state under its class name. It never steps,
+    reduces over ranks or touches a parameter; :class:`~lightning_mtl.MultiTaskModule` calls it once an optimiser step.
+
+    Attributes:
+        tasks: names of the tasks of the current call, in the order of its rows; empty when used by hand.
+        requires_positive_losses: a loss at or below zero is then a bad loss (the method takes its logarithm).
+    """
+
+    requires_positive_losses: bool = False
+
+    def __init__(self) -> None:
+        self.tasks: tuple[str, ...] = ()
+        self._defaults: dict[str, Any] = {}
+        self._per_task: set[str] = set()
+
+    # ---------------------------------------------------------------- state
+
+    def add_state(self, name: str, default: Any, *, per_task: bool = False) -> None:
+        """Declare state: that alone makes it saved, restored and reset.
+
+        Args:
+            name: the attribute that holds it.
+            default: its first value, a tensor, a number or a plain container. With ``per_task`` a number: what the
+                entries of a task hold before the task has been seen; the attribute stays ``None`` until
+                :meth:`per_task_state` creates it.
+            per_task: the first dimension is the task. Entries of a task that is absent from a step stay as they are.
+        """
+        self._defaults[name] = default
+        if per_task:
+            self._per_task.add(name)
+        setattr(self, name, None if per_task else _copy(default))
+
+    def per_task_state(self, name: str, like: Tensor, shape: Sequence[int] = ()) -> Tensor:
+        """The per-task state ``name`` of shape ``(len(like), *shape)``; created on first use, updated in place.
+
+        Args:
+            name: a name given to :meth:`add_state` with ``per_task=True``.
+            like: a tensor whose first dimension is the task; gives device and dtype.
+            shape: the dimensions after the task.
+
+        Raises:
+            ValueError: restored from a run with other tasks or other shared parameters.
+        """
+        expected = (len(like), *shape)
+        state: Tensor | None = getattr(self, name)
+        if state is None:
+            state = like.new_full(expected, self._defaults[name])
+        elif tuple(state.shape) != expected:
+            raise ValueError(
+                f"{type(self).__name__} expected its state `{name}` in shape {expected} but found "
+                f"{tuple(state.shape)}: it belongs to a run with other tasks or other shared parameters. "
+                f"Resume with the same model, or call `reset()` on the balancer to start its state afresh."
+            )
+        else:
+            state = state.to(device=like.device, dtype=like.dtype)
+        setattr(self, name, state)
+        return state
+
+    def reset(self) -> None:
+        """Put every state, nested balancers included, back to its default."""
+        for name, default in self._defaults.items():
+            setattr(self, name, None if name in self._per_task else _copy(default))
+        for nested in self.nested().values():
+            nested.reset()
+
+    def nested(self) -> dict[str, Balancer]:
+        """Balancers this one wraps, by attribute name; their state travels with this one's."""
+        return {k: v for k, v in vars(self).items() if isinstance(v, Balancer)}
+
+    @contextmanager
+    def only(self, tasks: Sequence[str], present: Sequence[int] | None = None) -> Iterator[None]:
+        """Narrow per-task state to the rows ``present`` out of ``tasks`` for one call, and write them back after it.
+
+        Args:
+            tasks: every active task of the run.
+            present: indices of the tasks of this step, ascending; ``None`` when all of them are there.
+        """
+        with ExitStack() as stack:
+            for nested in self.nested().values():
+                stack.enter_context(nested.only(tasks, present))
+            if present is None:
+                self.tasks = tuple(tasks)
+                yield
+                return
+            self.tasks = tuple(tasks[i] for i in present)
+            whole = {name: getattr(self, name) for name in self._per_task}
+            for name, state in whole.items():
+                setattr(self, name, None if state is None else state[list(present)])
+            try:
+                yield
+            finally:
+                for name, state in whole.items():
+                    rows = getattr(self, name)
+                    if rows is not None:
+                        if state is None:
+                            state = rows.new_full((len(tasks), *rows.shape[1:]), self._defaults[name])
+                        state = state.to(rows)
+                        state[list(present)] = rows
+                    setattr(self, name, state)
+
+    # ----------------------------------------------------------- checkpoint
+
+    @property
+    def state_key(self) -> str:
+        """The class and the classes it wraps; a changed hyperparameter keeps the state."""
+        inner = ", ".join(b.state_key for b in self.nested().values())
+        return f"{type(self).__qualname__}({inner})" if inner else type(self).__qualname__
+
+    def hyperparameters(self) -> dict[str, Any]:
+        """The plain constructor arguments, as stored in checkpoints."""
+        names = list(inspect.signature(type(self).__init__).parameters)[1:]
+        return {n: getattr(self, n) for n in names if isinstance(getattr(self, n, ...), _PLAIN)}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain containers only, so that checkpoints load with ``weights_only=True``."""
+        return {
+            "hyperparameters": self.hyperparameters(),
+            "state": {name: _copy(getattr(self, name)) for name in self._defaults},
+            "nested": {name: b.state_dict() for name, b in self.nested().items()},
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what :meth:`state_dict` saved; a changed hyperparameter is reported and the new value kept."""
+        for name, now in self.hyperparameters().items():
+            before = state_dict["hyperparameters"].get(name, now)
+            if before != now:
+                rank_zero_warn(
+                    f"{type(self).__name__} was saved with `{name}={before}` and continues with `{name}={now}`; "
+                    f"its state is kept. Pass `{name}={before}` to continue the saved run."
+                )
+        unknown = set(state_dict["state"]) ^ set(self._defaults)
+        if unknown:
+            raise ValueError(
+                f"{type(self).__name__} expected the states {sorted(self._defaults)} but the checkpoint holds "
+                f"{sorted(state_dict['state'])}. It was written by another version: resume with that one."
+            )
+        for name, value in state_dict["state"].items():
+            setattr(self, name, _copy(value))
+        for name, nested in self.nested().items():
+            nested.load_state_dict(state_dict["nested"][name])
+
+
+class LossBalancer(Balancer):
+    r"""First stage: a weight for every task loss, :math:`\omega = f(\ell)`.
+
+    Rows of the Jacobian and head gradients are multiplied by :math:`\omega`. A method is one class with
+    :meth:`loss_weights`.
+
+    Attributes:
+        needs_current_losses: ``False`` when the weights do not depend on this step's losses; such a balancer always
+            trains with one backward pass.
+    """
+
+    needs_current_losses: bool = True
+
+    def loss_weights(self, losses: Tensor) -> Tensor:
+        r"""Loss weights :math:`\omega`, shape ``(T,)``.
+
+        Args:
+            losses: task losses of the step, shape ``(T,)``, detached, any float dtype and device.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define `loss_weights(losses)`.")
+
+
+class GradientBalancer(Balancer):
+    r"""Second stage: one direction from the task gradients.
+
+    A method defines :meth:`weights` when its direction is :math:`J^\top w` with :math:`w = f(J J^\top, \ell)`, and
+    :meth:`direction` otherwise.
+
+    Attributes:
+        weight_heads: multiply the gradients of task ``t``'s own parameters by :math:`w_t` too.
+        needs_jacobian: ``False`` when the task gradients are not needed apart, so that one backward pass is enough.
+    """
+
+    weight_heads: bool = False
+    needs_jacobian: bool = True
+
+    @property
+    def gramian_weighted(self) -> bool:
+        """Whether the direction is a combination of task gradients with weights from their Gramian."""
+        return type(self).direction is GradientBalancer.direction
+
+    def weights(self, gramian: Tensor, losses: Tensor) -> Tensor:
+        r"""Weights :math:`w`, shape ``(T,)``, of the task gradients in the direction.
+
+        Args:
+            gramian: :math:`J J^\top`, shape ``(T, T)``, any float dtype and device.
+            losses: task losses, shape ``(T,)``, detached.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} must define `weights(gramian, losses)` or `direction(jacobian, losses)`."
+        )
+
+    def direction(self, jacobian: Tensor, losses: Tensor) -> Tensor:
+        r"""The vector written to the gradients of the shared parameters, shape ``(P,)``.
+
+        Args:
+            jacobian: task gradients :math:`J`, shape ``(T, P)``, one row a task.
+            losses: task losses, shape ``(T,)``, detached.
+        """
+        return self.weights(jacobian @ jacobian.T, losses) @ jacobian
+
+
+def _copy(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else value
+
+
+def as_weights(weights: Any, like: Tensor) -> Tensor:
+    """NumPy weights as a tensor on the device and in the dtype of ``like``."""
+    return torch.as_tensor(weights, dtype=like.dtype, device=like.device)

@@ -1,0 +1,213 @@
+"""From the files of a comparison to models, data, balancers and trainers."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml  # type: ignore[import-untyped]
+from jsonargparse import ArgumentParser
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import (
+    Checkpoint,
+    DeviceStatsMonitor,
+    EarlyStopping,
+    LearningRateMonitor,
+    ModelSummary,
+    ProgressBar,
+    Timer,
+)
+from lightning.pytorch.cli import LightningArgumentParser
+
+import lightning_mtl
+from lightning_mtl import Balancer, EqualWeighting, MultiTaskModule, Scalarization
+from lightning_mtl.cli import MultiTaskCLI
+from lightning_mtl.compare import CompareError
+
+# What a run leaves out: it writes no files of its own and prints no bars.
+_QUIET = {
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "num_sanity_val_steps": 0,
+}
+_LEFT_OUT = (Checkpoint, DeviceStatsMonitor, LearningRateMonitor, ModelSummary, ProgressBar)
+_STOPS_EARLY = (EarlyStopping, Timer)
+
+
+class RunCLI(MultiTaskCLI):
+    """Model, data and trainer of one run, built from the config that ``fit`` takes.
+
+    Args:
+        config: path of the config.
+        seed: seeds everything before the model is built.
+        callbacks: balancers and recorders to add to the config's own callbacks.
+        trainer: Trainer arguments that replace those of the config.
+        may_stop_early: keep callbacks such as EarlyStopping.
+    """
+
+    def __init__(
+        self,
+        config: str,
+        seed: int,
+        callbacks: Sequence[Callback] = (),
+        trainer: Mapping[str, Any] | None = None,
+        may_stop_early: bool = True,
+    ) -> None:
+        self.more_callbacks = list(callbacks)
+        self.replace = dict(trainer or {})
+        self.left_out = _LEFT_OUT if may_stop_early else _LEFT_OUT + _STOPS_EARLY
+        super().__init__(
+            ["--config", config, f"--seed_everything={seed}"],
+            run=False,
+            save_config_callback=None,
+            parser_kwargs={"exit_on_error": False},
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Accept what only ``fit`` has, so that its saved config can be used as it is."""
+        for name in ("ckpt_path", "weights_only"):
+            parser.add_argument(f"--{name}", type=Any, default=None)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """The config's trainer on one device, without loggers, checkpoints and bars."""
+        settings = self.config_init["trainer"]
+        own = settings.callbacks or []
+        own = own if isinstance(own, list) else [own]
+        kept = [callback for callback in own if not isinstance(callback, self.left_out)]
+        if settings.devices == "auto":
+            kwargs["devices"] = 1
+        return super().instantiate_trainer(
+            **{**kwargs, **_QUIET, **self.replace, "callbacks": kept + self.more_callbacks}
+        )
+
+
+def read_balancers(path: str) -> dict[str, list[dict[str, Any]]]:
+    """The file of balancers: ``{name: list of callbacks}``.
+
+    Raises:
+        CompareError: not such a mapping.
+    """
+    content = read_yaml(path)
+    example = "minnorm: [{class_path: MinNorm}]"
+    expected = f"Expected {path} to map a name to its callbacks, such as `{example}`,"
+    if not isinstance(content, dict) or not content:
+        raise CompareError(
+            f"{expected} but found {type(content).__name__}. Name at least one balancer."
+        )
+    methods: dict[str, list[dict[str, Any]]] = {}
+    for name, spec in content.items():
+        callbacks = spec if isinstance(spec, list) else [] if spec is None else [spec]
+        callbacks = [{"class_path": c} if isinstance(c, str) else c for c in callbacks]
+        for callback in callbacks:
+            if not isinstance(callback, dict) or "class_path" not in callback:
+                raise CompareError(
+                    f"{expected} but `{name}` holds {callback!r}. Give it a `class_path`."
+                )
+        methods[str(name)] = callbacks
+    return methods
+
+
+def read_yaml(path: str) -> Any:
+    """A YAML file, or an error that says what is wrong with it."""
+    if not Path(path).is_file():
+        raise CompareError(f"Expected a YAML file at {path} but found none. Check the path.")
+    try:
+        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise CompareError(f"Expected {path} to be YAML but could not read it: {error}") from error
+
+
+def callbacks_from(name: str, specs: Sequence[Mapping[str, Any]]) -> list[Callback]:
+    """Instantiate the callbacks of one balancer.
+
+    Raises:
+        CompareError: a class that does not exist, or arguments that it does not take.
+    """
+    found: list[Callback] = []
+    for spec in specs:
+        parser = ArgumentParser(exit_on_error=False)
+        parser.add_argument("--callback", type=Callback)
+        try:
+            config = parser.parse_object({"callback": dict(spec)})
+            found.append(parser.instantiate_classes(config).callback)
+        except Exception as error:
+            raise CompareError(
+                f"Expected balancer `{name}` to be a callback that can be built, but found "
+                f"{dict(spec)!r}: {_reason(spec['class_path'], error)}"
+            ) from error
+    return found
+
+
+def _reason(class_path: str, error: Exception) -> str:
+    known = [n for n in lightning_mtl.__all__ if _is_balancer(getattr(lightning_mtl, n))]
+    near = difflib.get_close_matches(class_path, known, 1)
+    exists = class_path in known or "." in class_path
+    if exists:
+        return f"{type(error).__name__}: {error}"
+    hint = f"Did you mean `{near[0]}`? " if near else ""
+    return (
+        f"there is no class `{class_path}`. {hint}Give one of {', '.join(known)}, or the full "
+        f"import path of a "
+        f"callback of yours, such as `my_package.MyBalancer`."
+    )
+
+
+def _is_balancer(value: Any) -> bool:
+    return inspect.isclass(value) and issubclass(value, Balancer)
+
+
+def kind_of(callbacks: Sequence[Callback]) -> str:
+    """``equal``, ``fixed`` (weights chosen beforehand) or ``balancer``."""
+    balancers = [
+        c for c in callbacks if isinstance(c, Balancer) and not isinstance(c, EqualWeighting)
+    ]
+    if not balancers:
+        return "equal"
+    return "fixed" if all(isinstance(c, Scalarization) for c in balancers) else "balancer"
+
+
+def build(config: str, **kwargs: Any) -> RunCLI:
+    """Build everything that ``config`` describes, with its errors as ours.
+
+    Raises:
+        CompareError: the config cannot be used for a comparison.
+    """
+    try:
+        cli = RunCLI(config, 0, **kwargs)
+    except Exception as error:
+        raise CompareError(
+            f"Expected {config} to be a config that `lightning-mtl fit` takes, with `model`, "
+            f"`data` and `trainer`, "
+            f"but building it failed. {type(error).__name__}: {error}"
+        ) from error
+    trainer: Any = cli.trainer
+    model = cli.model
+    balancers = [type(c).__name__ for c in trainer.callbacks if isinstance(c, Balancer)]
+    if balancers:
+        raise CompareError(
+            f"Expected no balancer in the `trainer.callbacks` of {config} but found "
+            f"{', '.join(balancers)}. "
+            f"Move it to the file of balancers, so that every run has just its own."
+        )
+    if cli.config.get("ckpt_path"):
+        raise CompareError(
+            f"Expected no `ckpt_path` in {config} but found {cli.config.ckpt_path}. Every run "
+            f"starts from its "
+            f"seed: remove it, or load the weights in the model's constructor."
+        )
+    if trainer.num_devices * trainer.num_nodes > 1:
+        raise CompareError(
+            f"Expected one device a run but {config} asks for "
+            f"{trainer.num_devices * trainer.num_nodes}. "
+            f"Set `trainer.devices: 1`; runs go side by side with --workers."
+        )
+    if not isinstance(model, MultiTaskModule):
+        raise CompareError(
+            f"Expected a MultiTaskModule in {config} but found {type(model).__name__}."
+        )
+    return cli

@@ -1,0 +1,255 @@
+"""From the records of runs to table, ``summary.csv`` and ``baseline.json``."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from lightning_mtl.compare.grid import SINGLE
+from lightning_mtl.metrics.delta_p import FORMAT, delta_p
+
+Record = Mapping[str, Any]
+Directions = Mapping[str, Mapping[str, bool]]
+
+
+class Spread(NamedTuple):
+    """Mean and sample standard deviation over seeds; no deviation of one value."""
+
+    mean: float
+    std: float | None
+    n: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread | None:
+        """The spread of ``values``, ``None`` when there are none."""
+        if not values:
+            return None
+        return cls(
+            statistics.fmean(values),
+            statistics.stdev(values) if len(values) > 1 else None,
+            len(values),
+        )
+
+    def text(self, form: str) -> str:
+        """Mean ± deviation."""
+        deviation = "" if self.std is None else f" ± {format(self.std, form.removeprefix('+'))}"
+        return format(self.mean, form) + deviation
+
+
+@dataclass
+class Row:
+    """One line of the table.
+
+    Attributes:
+        method: its name.
+        kind: ``single``, ``equal``, ``fixed`` or ``balancer``.
+        metrics: of every task over seeds.
+        delta_p: mean over tasks, over seeds; ``None`` when it is not defined.
+        task_delta_p: by task, over seeds.
+        step_ms: median time of an optimiser step.
+        step_ratio: that time by the time of equal weighting.
+        peak_mb: peak memory above what the process held before.
+        errors: what went wrong, by run.
+        runs: metrics of each finished run, by seed.
+    """
+
+    method: str
+    kind: str
+    metrics: dict[str, dict[str, Spread]] = field(default_factory=dict)
+    delta_p: Spread | None = None
+    task_delta_p: dict[str, Spread] = field(default_factory=dict)
+    step_ms: float | None = None
+    step_ratio: float | None = None
+    peak_mb: float | None = None
+    errors: dict[str, str] = field(default_factory=dict)
+    runs: dict[int, dict[str, dict[str, float]]] = field(default_factory=dict)
+
+
+@dataclass
+class Summary:
+    """The whole comparison in numbers.
+
+    Attributes:
+        directions: ``{task: {metric: higher is better}}``.
+        rows: single-task first, then every method in its order.
+        curves: recorded task gradients by method.
+        no_delta_p: why there is no Δp, if there is none.
+    """
+
+    directions: Directions
+    rows: list[Row]
+    curves: dict[str, list[dict[str, Any]]]
+    no_delta_p: str | None = None
+
+    @property
+    def single(self) -> Row:
+        """The single-task baselines."""
+        return self.rows[0]
+
+    @property
+    def methods(self) -> list[Row]:
+        """Every multi-task method."""
+        return self.rows[1:]
+
+
+def summarise(
+    records: Iterable[Record],
+    directions: Directions,
+    kinds: Mapping[str, str],
+    curves: Mapping[str, list[dict[str, Any]]],
+) -> Summary:
+    """Average over seeds, and Δp of every run against the mean of the single-task runs.
+
+    Args:
+        records: what the runs gave, failed ones too.
+        directions: ``{task: {metric: higher is better}}``.
+        kinds: ``{method: equal, fixed or balancer}``, in the order of the table.
+        curves: recorded task gradients by method.
+    """
+    rows = {SINGLE: Row(SINGLE, "single")} | {
+        method: Row(method, kind) for method, kind in kinds.items()
+    }
+    for record in records:
+        row = rows[record["method"]]
+        if record["status"] == "failed":
+            row.errors[record["run"]] = record["error"]
+        elif record["kind"] == "timing":
+            row.step_ms, row.peak_mb = record["step_ms"], record["peak_mb"]
+        elif record["kind"] == "train":
+            row.runs.setdefault(record["seed"], {}).update(record["metrics"])
+    for row in rows.values():
+        row.metrics = _metrics(row, directions)
+    summary = Summary(directions, list(rows.values()), dict(curves))
+    _add_delta_p(summary)
+    _add_ratio(summary)
+    return summary
+
+
+def _metrics(row: Row, directions: Directions) -> dict[str, dict[str, Spread]]:
+    found: dict[str, dict[str, Spread]] = {}
+    for task, metrics in directions.items():
+        for metric in metrics:
+            spread = Spread.of([run[task][metric] for run in row.runs.values() if task in run])
+            if spread is not None:
+                found.setdefault(task, {})[metric] = spread
+    return found
+
+
+def _add_delta_p(summary: Summary) -> None:
+    missing = [task for task in summary.directions if task not in summary.single.metrics]
+    if missing:
+        summary.no_delta_p = f"there is no finished single-task run of {', '.join(missing)}"
+        return
+    base = {
+        task: {m: s.mean for m, s in metrics.items()}
+        for task, metrics in summary.single.metrics.items()
+    }
+    for row in summary.methods:
+        try:
+            found = [delta_p(run, base, summary.directions) for run in row.runs.values()]
+        except ValueError as error:  # a baseline of zero
+            summary.no_delta_p = str(error)
+            return
+        row.delta_p = Spread.of([statistics.fmean(run.values()) for run in found])
+        for task in summary.directions:
+            spread = Spread.of([run[task] for run in found])
+            if spread is not None:
+                row.task_delta_p[task] = spread
+
+
+def _add_ratio(summary: Summary) -> None:
+    equal = next((row.step_ms for row in summary.methods if row.kind == "equal"), None)
+    for row in summary.methods:
+        if equal and row.step_ms is not None:
+            row.step_ratio = row.step_ms / equal
+
+
+def baseline_json(summary: Summary) -> str:
+    """The single-task averages, as ``MultiTaskModule(baseline=...)`` takes them."""
+    tasks = {
+        task: {
+            metric: {
+                "value": spread.mean,
+                "higher_is_better": summary.directions[task][metric],
+            }
+            for metric, spread in metrics.items()
+        }
+        for task, metrics in summary.single.metrics.items()
+    }
+    return json.dumps({"format": FORMAT, "tasks": tasks}, indent=1, ensure_ascii=False) + "\n"
+
+
+def summary_csv(summary: Summary) -> str:
+    """A line a method, with means and standard deviations in columns of their own."""
+    lines = []
+    for row in summary.rows:
+        line: dict[str, Any] = {"method": row.method, "kind": row.kind, "seeds": len(row.runs)}
+        for task, metrics in summary.directions.items():
+            for metric in metrics:
+                _add(
+                    line,
+                    f"{task}/{metric}",
+                    row.metrics.get(task, {}).get(metric),
+                )
+        _add(line, "delta_p", row.delta_p)
+        for task in summary.directions:
+            _add(line, f"delta_p/{task}", row.task_delta_p.get(task))
+        line |= {"step_ms": row.step_ms, "step_ratio": row.step_ratio, "peak_mb": row.peak_mb}
+        line["failed"] = "; ".join(row.errors)
+        lines.append(line)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(lines[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    return text.getvalue()
+
+
+def _add(line: dict[str, Any], name: str, spread: Spread | None) -> None:
+    line[f"{name} mean"] = None if spread is None else spread.mean
+    line[f"{name} std"] = None if spread is None else spread.std
+
+
+def cells(summary: Summary) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the table, as text."""
+    columns = [(task, metric) for task, metrics in summary.directions.items() for metric in metrics]
+    header = ["method"]
+    header += [f"{t} {m} {'↑' if summary.directions[t][m] else '↓'}" for t, m in columns]
+    header += ["Δp %", "step ms", "× equal", "peak MB"]
+    body = []
+    for row in summary.rows:
+        spreads = [row.metrics.get(task, {}).get(metric) for task, metric in columns]
+        line = [row.method] + ["–" if s is None else s.text(".4g") for s in spreads]
+        line.append("0 (by definition)" if row.kind == "single" else "–")
+        if row.delta_p is not None:
+            line[-1] = row.delta_p.text("+.2f")
+        line.append("–" if row.step_ms is None else f"{row.step_ms:.2f}")
+        line.append("–" if row.step_ratio is None else f"{row.step_ratio:.2f}")
+        line.append("–" if row.peak_mb is None else f"{row.peak_mb:.1f}")
+        if row.errors:
+            line[0] += f" ({len(row.errors)} FAILED)"
+        body.append(line)
+    return header, body
+
+
+def console_table(summary: Summary) -> str:
+    """The table for a terminal, with failures below it."""
+    header, body = cells(summary)
+    widths = [max(len(line[i]) for line in [header, *body]) for i in range(len(header))]
+    lines = [_aligned(header, widths), "  ".join("-" * width for width in widths)]
+    lines += [_aligned(line, widths) for line in body]
+    lines += [f"FAILED {run}: {error}" for row in summary.rows for run, error in row.errors.items()]
+    lines += [f"No Δp: {summary.no_delta_p}."] if summary.no_delta_p else []
+    return "\n".join(lines)
+
+
+def _aligned(line: Sequence[str], widths: Sequence[int]) -> str:
+    first, *others = (
+        text.ljust(w) if i == 0 else text.rjust(w)
+        for i, (text, w) in enumerate(zip(line, widths, strict=True))
+    )
+    return "  ".join([first, *others]).rstrip()

@@ -1,0 +1,149 @@
+"""One run in a process of its own."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from multiprocessing import parent_process
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, seed_everything
+
+from lightning_mtl import GradientBalancer
+from lightning_mtl.cli import use_current_directory
+from lightning_mtl.compare.build import RunCLI, callbacks_from
+from lightning_mtl.compare.grid import Run
+from lightning_mtl.compare.recorders import CurveRecorder, PeakMemory, StepTimer
+
+
+@dataclass(frozen=True)
+class Job:
+    """What all runs of a comparison share.
+
+    Attributes:
+        config: path of the config.
+        methods: callbacks of every balancer, by name.
+        metrics: ``{task: {metric: name it is logged under}}``.
+        split: ``val`` or ``test``.
+        logs: folder for what runs print.
+    """
+
+    config: str
+    methods: Mapping[str, list[dict[str, Any]]]
+    metrics: Mapping[str, Mapping[str, str]]
+    split: str
+    logs: Path
+
+
+def work(run: Run, job: Job, connection: Connection) -> None:
+    """Do ``run`` in this process and send its record; never raises."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the command ends its workers itself
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    with (job.logs / f"{run.name}.log").open("w", encoding="utf-8") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+        use_current_directory()
+        torch.set_num_threads(1)  # the same sums in the same order, however many workers there are
+        started = time.perf_counter()
+        record: dict[str, Any] = {
+            "run": run.name,
+            "kind": run.kind,
+            "method": run.method,
+            "seed": run.seed,
+        }
+        if run.task:
+            record["task"] = run.task
+        try:
+            record.update(
+                status="finished", **(_time if run.kind == "timing" else _train)(run, job)
+            )
+        except BaseException as error:  # a user's SystemExit too
+            traceback.print_exc()
+            record.update(status="failed", error=f"{type(error).__name__}: {error}")
+        record["seconds"] = round(time.perf_counter() - started, 3)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        connection.send(record)
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+
+def _train(run: Run, job: Job) -> dict[str, Any]:
+    """Train and evaluate: metrics, and curves for seed 0."""
+    callbacks = callbacks_from(run.method, job.methods.get(run.method, []))
+    recorder = None
+    # Asking for task gradients would change the rounding of methods that take one backward pass:
+    # they are recorded where they exist anyway, and for equal weighting in a run of its own.
+    if run.kind == "curves" or (run.seed == 0 and _collects_gradients(callbacks)):
+        recorder = CurveRecorder(ask=run.kind == "curves")
+        callbacks.append(recorder)
+    cli = RunCLI(job.config, run.seed, callbacks)
+    if run.task:
+        cli.model.active_tasks = [run.task]
+    seed_everything(
+        run.seed, workers=True, verbose=False
+    )  # data order, whatever building a balancer has drawn
+    cli.trainer.fit(cli.model, datamodule=cli.datamodule)
+    result: dict[str, Any] = {"steps": cli.trainer.global_step}
+    if recorder is not None:
+        result["curves"] = recorder.points
+    if run.kind == "train":
+        evaluate = cli.trainer.test if job.split == "test" else cli.trainer.validate
+        evaluate(cli.model, datamodule=cli.datamodule, verbose=False)
+        result["metrics"] = _metrics(run, job, cli.trainer.callback_metrics)
+    return result
+
+
+def _collects_gradients(callbacks: Sequence[Callback]) -> bool:
+    return any(isinstance(c, GradientBalancer) and c.needs_jacobian for c in callbacks)
+
+
+def _metrics(run: Run, job: Job, logged: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    found: dict[str, dict[str, float]] = {}
+    for task in [run.task] if run.task else job.metrics:
+        found[task] = {}
+        for metric, name in job.metrics[task].items():
+            if name not in logged:
+                raise ValueError(
+                    f"Expected metric `{name}` of task `{task}` after evaluation but found "
+                    f"{sorted(logged)}. Log it, or correct `delta_p_metrics`."
+                )
+            value = float(logged[name])
+            if not math.isfinite(value):
+                raise ValueError(
+                    f"Expected a finite metric `{name}` of task `{task}` but found {value}: the "
+                    f"training diverged. Lower the learning rate, or clip gradients."
+                )
+            found[task][metric] = value
+    return found
+
+
+def _time(run: Run, job: Job) -> dict[str, Any]:
+    """A short training for the time of a step and the peak of memory."""
+    timer, memory = StepTimer(), PeakMemory()
+    callbacks = callbacks_from(run.method, job.methods[run.method])
+    short = {
+        "max_steps": timer.steps,
+        "max_epochs": -1,
+        "min_epochs": None,
+        "min_steps": None,
+        "limit_val_batches": 1,
+    }
+    cli = RunCLI(job.config, run.seed, [*callbacks, memory, timer], short, may_stop_early=False)
+    cli.trainer.fit(cli.model, datamodule=cli.datamodule)
+    return {"step_ms": timer.median_ms(), "peak_mb": memory.peak_mb}

@@ -1,0 +1,154 @@
+"""Validation and test of a MultiTaskModule: losses and metrics by task, and Δp against single-task baselines."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from lightning_mtl.losses import known_tasks
+from lightning_mtl.metrics.delta_p import delta_p, load_baseline
+
+if TYPE_CHECKING:
+    from lightning_mtl.module import MultiTaskModule
+
+
+class Evaluation:
+    """What a module does outside training.
+
+    Args:
+        baseline: single-task results, ``{task: {metric: value}}`` or a ``baseline.json``.
+        delta_p_metrics: ``{task: {logged name: higher is better}}`` of a module with its own loop.
+    """
+
+    def __init__(
+        self,
+        baseline: Mapping[str, Mapping[str, float]] | str | Path | None,
+        delta_p_metrics: Mapping[str, Mapping[str, bool]] | None,
+    ) -> None:
+        self.baseline = None if baseline is None else load_baseline(baseline)[0]
+        self.delta_p_metrics = delta_p_metrics
+
+    def losses(self, module: MultiTaskModule, batch: Any) -> dict[str, Any]:
+        """Losses of the declared tasks in a batch ``(inputs, {task: target})``."""
+        inputs, targets = _split(module, batch)
+        return self._losses(module, module(inputs), targets)
+
+    @staticmethod
+    def _losses(
+        module: MultiTaskModule, predictions: Any, targets: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        if not isinstance(predictions, Mapping):
+            raise TypeError(
+                f"Expected `forward` to return a dict {{task: prediction}} but got "
+                f"{type(predictions).__name__}."
+            )
+        losses: dict[str, Any] = {}
+        for name in module.training_tasks:
+            task = module.tasks[name]
+            target = targets.get(task.target or name)
+            if target is None:
+                continue
+            if name not in predictions:
+                raise ValueError(
+                    f"Expected a prediction of task '{name}' but `forward` returned "
+                    f"{sorted(map(str, predictions))}. Add the key '{name}' to its dict."
+                )
+            count = None if task.count is None else task.count(target)
+            if count == 0:
+                continue
+            loss = task.loss(predictions[name], target)
+            losses[name] = loss if count is None else (loss, count)
+        return losses
+
+    def step(self, module: MultiTaskModule, batch: Any, batch_idx: int, stage: str) -> None:
+        """Log losses and metrics of one batch."""
+        if not module.tasks:
+            for name, loss in module.task_losses(batch, batch_idx).items():
+                value, size = loss if isinstance(loss, tuple) else (loss, None)
+                if value is not None:
+                    module.log(f"{stage}/loss/{name}", value, batch_size=size, on_epoch=True)
+            return
+        inputs, targets = _split(module, batch)
+        predictions = module(inputs)
+        for name, loss in self._losses(module, predictions, targets).items():
+            task = module.tasks[name]
+            target = targets[task.target or name]
+            value, size = loss if isinstance(loss, tuple) else (loss, _length(target))
+            module.log(f"{stage}/loss/{name}", value, batch_size=int(size), on_epoch=True)
+            for key, metric in task.metrics[stage].items():
+                metric.update(predictions[name].detach(), target)
+                module.log(f"{stage}/{name}/{key}", metric, batch_size=int(size), on_epoch=True)
+
+    def directions(self, module: MultiTaskModule) -> dict[str, dict[str, bool]]:
+        """``{task: {logged name: higher is better}}`` with the names that validation logs."""
+        if self.delta_p_metrics is not None:
+            if module.task_names:
+                known_tasks(list(self.delta_p_metrics), module.task_names, "`delta_p_metrics`")
+            return {task: dict(names) for task, names in self.delta_p_metrics.items()}
+        return {
+            name: {f"val/{name}/{key}": up for key, up in task.directions().items()}
+            for name, task in module.tasks.items()
+            if name in module.training_tasks
+        }
+
+    def log_delta_p(self, module: MultiTaskModule, stage: str) -> None:
+        """Log ``<stage>/delta_p`` and ``<stage>/delta_p/<task>`` in percent."""
+        if self.baseline is None or module.trainer.sanity_checking:
+            return
+        values: dict[str, dict[str, Any]] = {}
+        ways: dict[str, dict[str, bool]] = {}
+        logged = module.trainer.callback_metrics
+        for task, names in self.directions(module).items():
+            for name, up in names.items():
+                short = metric_key(task, name)
+                values.setdefault(task, {})[short] = self._value(module, task, name, stage, logged)
+                ways.setdefault(task, {})[short] = up
+        # With `active_tasks` only those are compared; any other difference is an error.
+        known = {task: m for task, m in self.baseline.items() if task in values}
+        baseline = known if set(known) == set(values) else self.baseline
+        for key, value in delta_p(values, baseline, ways).items():
+            module.log(f"{stage}/{key}", value)
+
+    @staticmethod
+    def _value(
+        module: MultiTaskModule, task: str, name: str, stage: str, logged: Mapping[str, Tensor]
+    ) -> Tensor:
+        if module.tasks:
+            return module.tasks[task].metrics[stage][metric_key(task, name)].compute()
+        name = name if stage == "val" else name.replace("val", stage, 1)
+        if name not in logged:
+            raise ValueError(
+                f"Expected the metric '{name}' of task '{task}' (from `delta_p_metrics`) among the logged "
+                f"ones but found {sorted(logged)}. Log it with `self.log('{name}', ...)` before the epoch "
+                f"ends, and call `super().on_validation_epoch_end()` last."
+            )
+        return logged[name]
+
+
+def metric_key(task: str, name: str) -> str:
+    """The name of a metric in a baseline: without the stage and the task it is logged under."""
+    for prefix in ("val/", "test/", f"{task}/"):
+        name = name.removeprefix(prefix)
+    return name
+
+
+def _split(module: MultiTaskModule, batch: Any) -> tuple[Any, Mapping[str, Any]]:
+    if not module.tasks:
+        raise NotImplementedError(
+            f"{type(module).__name__} declares no tasks and does not override `task_losses`. Pass "
+            f"`tasks={{name: Task(loss, metrics)}}` to `super().__init__`, or override "
+            f"`task_losses(self, batch, batch_idx)` to return {{task: loss}}."
+        )
+    if not (isinstance(batch, (tuple, list)) and len(batch) == 2 and isinstance(batch[1], Mapping)):
+        raise TypeError(
+            f"Expected a batch (inputs, {{task: target}}) but got {type(batch).__name__}. Change the "
+            f"dataset, or override `task_losses(self, batch, batch_idx)`."
+        )
+    return batch[0], batch[1]
+
+
+def _length(target: Any) -> int:
+    return len(target) if isinstance(target, Tensor) and target.ndim else 1

@@ -1,0 +1,352 @@
+"""The training flow: from the losses of a batch to a balanced optimiser step, top to bottom."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.trainer import call
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+
+from lightning_mtl.aggregate import aggregate
+from lightning_mtl.jacobian import TaskGradients
+from lightning_mtl.layout import check_frozen, no_shared, shared_names, trainable
+from lightning_mtl.loss_balancers import EqualWeighting
+from lightning_mtl.losses import TaskLosses, bad_gradients, check_task_names, read_losses
+from lightning_mtl.record import StepRecord
+from lightning_mtl.stages import attached_balancers, check_tasks
+
+if TYPE_CHECKING:
+    from lightning_mtl.module import MultiTaskModule
+
+
+@dataclass
+class _Group:
+    """The micro-batches of one optimiser step so far."""
+
+    one_backward: bool
+    observed: bool
+    loss_sums: list[Tensor | None]
+    counts: list[float]
+    loss_weights: Tensor | None = None
+    received: int = 0
+    skip: bool = False
+    dropped: bool = False
+
+    def present(self) -> list[int]:
+        return [t for t, count in enumerate(self.counts) if count]
+
+    def mean_losses(self) -> Tensor:
+        """Mean losses of the tasks that are present, in at least float32."""
+        means = []
+        for total, count in zip(self.loss_sums, self.counts, strict=True):
+            if count and total is not None:
+                means.append(total if count == 1 else total / count)
+        return torch.stack(means)
+
+
+class Flow:
+    """Runs the training steps of one fit.
+
+    Args:
+        module: whose losses are balanced.
+        trainer: whose callbacks hold the balancers, and whose flags apply.
+    """
+
+    def __init__(self, module: MultiTaskModule, trainer: Trainer) -> None:
+        self.module = module
+        self.trainer = trainer
+        loss, gradient = attached_balancers(trainer.callbacks)
+        self.balancers = [b for b in dict.fromkeys((loss, gradient)) if b is not None]
+        self.loss_balancer = loss or EqualWeighting()
+        self.gradient_balancer = gradient if gradient and gradient.needs_jacobian else None
+        self.observers = [c for c in trainer.callbacks if hasattr(c, "wants_jacobian")]
+        self._gradients: TaskGradients | None = None
+        self._saved_shared: list[str] | None = None
+        self._group: _Group | None = None
+        self._first_done = False
+        self._uneven = False  # whether label counts or absent tasks were met under accumulation
+        self._zero_gradient: set[str] = set()
+        if module.task_names:
+            check_tasks(self.balancers, module.task_names)
+
+    # ------------------------------------------------------------------ a batch
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
+        """One micro-batch, and a balanced optimiser step after the last one of a group."""
+        with self._discovery():
+            losses = self._read_losses(batch, batch_idx)
+        # The forward pass ran under autocast; from here on the arithmetic is exact.
+        with torch.autocast(self.module.device.type, enabled=False):
+            if self.trainer.fit_loop._skip_backward:  # weight averaging refreshes BatchNorm
+                total = losses.total()
+            else:
+                total = self._train(losses, batch_idx)
+        self.module.automatic_optimization = True  # trainer_flags.py says why
+        return None if total is None else total.detach()
+
+    def _discovery(self) -> AbstractContextManager[Any]:
+        """Compiled graphs give zeros where there is no path; find shared parameters without."""
+        unknown = self.gradient_balancer is not None and not (
+            self._gradients is not None and self._gradients.known
+        )
+        if unknown and "torch._dynamo" in sys.modules:
+            return torch.compiler.set_stance("force_eager")
+        return nullcontext()
+
+    def _read_losses(self, batch: Any, batch_idx: int) -> TaskLosses:
+        module = self.module
+        losses = module.task_losses(batch, batch_idx)
+        if not module.task_names:
+            module._declare(check_task_names(list(losses)))
+            check_tasks(self.balancers, module.task_names)
+        strict = [type(b).__name__ for b in self.balancers if b.requires_positive_losses]
+        return read_losses(
+            losses,
+            module.task_names,
+            module.training_tasks,
+            positive_for=strict[0] if strict else None,
+            on_bad_loss=module.on_bad_loss,
+            step=self.trainer.global_step + 1,
+        )
+
+    def _train(self, losses: TaskLosses, batch_idx: int) -> Tensor | None:
+        stepping = not self.trainer.fit_loop._should_accumulate()
+        if self._group is None:
+            self._group = self._begin_group(losses, single=stepping)
+            self._zero_grad(batch_idx)
+        group = self._group
+        group.received += 1
+        group.skip |= losses.skip
+        group.dropped |= losses.dropped
+        for t, value, count, _ in losses:
+            value = value.detach() if count == 1 else value.detach() * count
+            before = group.loss_sums[t]
+            group.loss_sums[t] = value if before is None else before + value
+            group.counts[t] += count
+        if stepping:
+            self._group = None
+            group.skip |= not any(group.counts) or not self._all_seen(group)
+        total = None if group.skip else self._backward(losses, group, stepping)
+        if stepping and not group.skip:
+            self._step_optimizers(batch_idx, total)
+            self._log_losses()
+        return total
+
+    def _begin_group(self, losses: TaskLosses, *, single: bool) -> _Group:
+        """Decide for one optimiser step whether one summed backward pass is enough."""
+        num_tasks = len(self.module.training_tasks)
+        observed = any([o.wants_jacobian(self.trainer, self.module) for o in self.observers])
+        rows = observed or self.gradient_balancer is not None
+        if not single:
+            self._uneven |= losses.uneven(num_tasks)
+            rows = rows or self._uneven or self.loss_balancer.needs_current_losses
+        if rows:
+            self._task_gradients().begin()
+        return _Group(not rows, observed, [None] * num_tasks, [0.0] * num_tasks)
+
+    def _all_seen(self, group: _Group) -> bool:
+        """Whether every task has been met once, without which heads look like shared ones."""
+        tasks, module = self.module.training_tasks, self.module
+        unseen = [tasks[t] for t, count in enumerate(group.counts) if not count]
+        given = self._saved_shared is not None or module.shared_parameters() is not None
+        if self._first_done or not unseen or given:
+            self._first_done = True
+        elif not group.dropped:
+            raise ValueError(
+                f"Expected every task in the first optimiser step but found no loss of {unseen}; "
+                f"the declared tasks are {list(tasks)}. Return its loss from `task_losses`, leave "
+                f"it out with `active_tasks`, or override `shared_parameters()` if a task may be "
+                f"missing from the first step."
+            )
+        return self._first_done
+
+    # ------------------------------------------------------------ backward pass
+
+    def _backward(self, losses: TaskLosses, group: _Group, stepping: bool) -> Tensor:
+        """Backward of one micro-batch inside Lightning's hooks; at the last, write ``.grad``."""
+        if group.one_backward:
+            return self._one_backward(losses, group, stepping)
+        total = losses.total() / self.trainer.accumulate_grad_batches
+        self.trainer.precision_plugin.pre_backward(total, self.module)
+        gradients = self._task_gradients()
+        for t, value, count, last in losses:
+            gradients.add(t, value if count == 1 else value * count, retain_graph=not last)
+        if stepping:
+            self._balance(group)
+        self.trainer.precision_plugin.post_backward(total, self.module)
+        return total
+
+    def _one_backward(self, losses: TaskLosses, group: _Group, stepping: bool) -> Tensor:
+        """Backward of the weighted sum: balancing losses costs what plain training does."""
+        every = self.trainer.accumulate_grad_batches
+        if every > 1 and not self._uneven and losses.uneven(len(group.counts)):
+            self._uneven = True
+            rank_zero_warn(
+                "A task is missing from a micro-batch, or brings a label count. This optimiser "
+                "step takes it for a zero loss, as Lightning would; from the next one on, means "
+                "are taken over the labels that are there, with one backward pass a task."
+            )
+        total = torch.zeros((), device=self.module.device)
+        if losses.tasks:
+            values = losses.stacked()
+            weights = group.loss_weights
+            if weights is None:
+                with self.loss_balancer.only(*self._rows(losses.tasks)):
+                    weights = self.loss_balancer.loss_weights(values.detach()).to(values)
+                group.loss_weights = weights
+            elif len(weights) != len(values):
+                weights = weights[losses.tasks]
+            total = (values * weights).sum() if every == 1 else (values * weights).sum() / every
+            self.module.manual_backward(total)
+        if stepping:
+            assert group.loss_weights is not None
+            names = tuple(self.module.training_tasks[t] for t in group.present())
+            self.module.last_step = StepRecord(names, group.mean_losses(), group.loss_weights)
+        return total
+
+    def _balance(self, group: _Group) -> None:
+        """Balance the task gradients of a whole group and write them to ``.grad``."""
+        gradients, balancer = self._task_gradients(), self.gradient_balancer
+        discovered = not gradients.known
+        jacobian = gradients.finish()
+        if discovered and balancer is not None and jacobian.shape[1] == 0:
+            raise ValueError(no_shared(self.module, type(balancer).__name__))
+        gramian = None
+        if group.observed or (balancer is not None and balancer.gramian_weighted):
+            gramian = jacobian @ jacobian.T
+            sizes = gramian.diagonal().tolist()
+        else:
+            sizes = torch.linalg.vector_norm(jacobian, dim=1).tolist()
+        tasks = self.module.training_tasks
+        rule, step = self.module.on_bad_loss, self.trainer.global_step + 1
+        for t in bad_gradients(sizes, group.counts, tasks, on_bad_loss=rule, step=step):
+            gradients.drop(t)
+            jacobian[t].zero_()
+            group.counts[t] = 0
+            group.skip |= rule == "skip_step" or not any(group.counts)
+            gramian = None if gramian is None else jacobian @ jacobian.T
+        if group.skip:
+            return
+        if balancer is not None:
+            self._warn_zero_gradients([t for t in group.present() if sizes[t] == 0])
+        self.module.last_step = aggregate(
+            gradients,
+            jacobian,
+            group.mean_losses().to(jacobian),
+            group.counts,
+            tasks,
+            self.loss_balancer,
+            balancer,
+            gramian,
+            share=group.received / self.trainer.accumulate_grad_batches,
+            observed=group.observed,
+        )
+
+    def _warn_zero_gradients(self, zero: list[int]) -> None:
+        names = {self.module.training_tasks[t] for t in zero} - self._zero_gradient
+        if names:
+            self._zero_gradient |= names
+            rank_zero_warn(
+                f"The gradient of {sorted(names)} is exactly zero on the shared parameters at "
+                f"optimiser step {self.trainer.global_step + 1}. Methods that look for a direction "
+                f"good for every task (MinNorm) stop the shared parameters then. Look for a "
+                f"detached or saturated path, or leave the task out with `active_tasks`."
+            )
+
+    # ----------------------------------------------------------- optimiser step
+
+    def _step_optimizers(self, batch_idx: int, total: Tensor | None) -> None:
+        """Lightning's own step: its order of hooks, clipping and ``step``, counted once."""
+        self.module.automatic_optimization = True
+        trainer = self.trainer
+        progress = trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step
+        progress.increment_ready()
+        loss = None if total is None else total.detach()
+        for optimizer in trainer.strategy._lightning_optimizers:
+            call._call_lightning_module_hook(
+                trainer, "optimizer_step", trainer.current_epoch, batch_idx, optimizer, lambda: loss
+            )
+        progress.increment_completed()
+        sync_progress(trainer)
+
+    def _zero_grad(self, batch_idx: int) -> None:
+        """Clear gradients before the first micro-batch of a group, with Lightning's hooks."""
+        trainer = self.trainer
+        for optimizer in trainer.optimizers:
+            call._call_callback_hooks(trainer, "on_before_zero_grad", optimizer)
+            call._call_lightning_module_hook(trainer, "on_before_zero_grad", optimizer)
+            call._call_lightning_module_hook(
+                trainer, "optimizer_zero_grad", trainer.current_epoch, batch_idx, optimizer
+            )
+
+    def _log_losses(self) -> None:
+        """Log task losses when the logger is due: ``self.log`` costs too much for every step."""
+        record = self.module.last_step
+        if record is not None and self.trainer._logger_connector.should_update_logs:
+            for name, value in zip(record.tasks, record.losses, strict=True):
+                self.module.log(f"train/loss/{name}", value)
+
+    # ------------------------------------------------------------------- layout
+
+    def _rows(self, present: list[int]) -> tuple[tuple[str, ...], list[int] | None]:
+        tasks = self.module.training_tasks
+        return tasks, None if len(present) == len(tasks) else present
+
+    def _task_gradients(self) -> TaskGradients:
+        if self._gradients is None:
+            parameters = trainable(self.module)
+            shared = shared_names(self.module, parameters, self._saved_shared)
+            num_tasks = len(self.module.training_tasks)
+            self._gradients = TaskGradients(parameters, num_tasks, shared)
+        return self._gradients
+
+    def check_frozen(self) -> None:
+        """Refuse parameters that were frozen or unfrozen since the first step."""
+        if self._gradients is not None and self._gradients.known:
+            check_frozen(self.module, self._gradients)
+
+    def release(self) -> None:
+        """Free the buffers when the fit is over; the layout stays."""
+        if self._gradients is not None:
+            self._saved_shared = self._gradients.shared
+            self._gradients = self._group = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tasks and layout, as plain containers."""
+        known = self._gradients is not None and self._gradients.known
+        return {
+            "tasks": list(self.module.training_tasks),
+            "shared": self._gradients.shared if known else self._saved_shared,  # type: ignore[union-attr]
+            "first_done": self._first_done,
+            "uneven": self._uneven,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue with the saved layout; refuses other tasks."""
+        saved, tasks = state["tasks"], list(self.module.training_tasks)
+        if tasks and saved and saved != tasks:
+            raise ValueError(
+                f"Expected a checkpoint of the tasks {tasks} but this one was trained on {saved}. "
+                f"Resume with the same tasks in the same order; to start from its weights only, "
+                f"use `load_from_checkpoint` and `fit` without `ckpt_path`."
+            )
+        self._saved_shared = state["shared"]
+        self._first_done = state["first_done"]
+        self._uneven = state["uneven"]
+
+
+def sync_progress(trainer: Trainer) -> None:
+    """Make both of Lightning's step counts agree, whatever mode ``global_step`` is read in.
+
+    Several optimizers count as one step, and a checkpoint of automatic optimisation resumes at its step.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    steps = loop.automatic_optimization.optim_progress.optimizer_steps
+    total = loop.manual_optimization.optim_step_progress.total
+    total.ready = total.completed = steps

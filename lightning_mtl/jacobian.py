@@ -1,0 +1,168 @@
+"""Task gradients of one optimiser step: the Jacobian of the shared parameters and the gradients of the heads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+Named = dict[str, nn.Parameter]
+
+
+class TaskGradients:
+    """Collects one gradient a task, adds up micro-batches, and writes the balanced direction back.
+
+    Shared parameters are those that two or more tasks reach (with one task: all that it reaches). They are found
+    from the graph of the first optimiser step, unless given, and stay fixed from then on. Their gradients live in one
+    preallocated matrix of shape ``(T, P)``, in float32 or the parameters' own dtype where that is wider.
+
+    Args:
+        parameters: every trainable parameter by name.
+        num_tasks: number of active tasks T.
+        shared: names of the shared parameters; ``None`` to find them.
+    """
+
+    def __init__(self, parameters: Named, num_tasks: int, shared: Sequence[str] | None = None) -> None:
+        self.num_tasks = num_tasks
+        self.parameters = parameters
+        self.rows: Tensor | None = None
+        self._written = [False] * num_tasks
+        # While the shared parameters are unknown all gradients wait here: a dict {name: gradient} a task.
+        self._heads: list[dict[str, Tensor]] = [{} for _ in range(num_tasks)]
+        self.shared: list[str] | None = None
+        self._order = list(parameters)
+        if shared is not None:
+            self._fix(list(shared))
+
+    @property
+    def known(self) -> bool:
+        """Whether the shared parameters have been found or given."""
+        return self.shared is not None
+
+    def begin(self) -> None:
+        """Start a new optimiser step."""
+        self._written = [False] * self.num_tasks
+        self._heads = [{} for _ in range(self.num_tasks)]
+
+    def add(self, task: int, loss: Tensor, *, retain_graph: bool) -> None:
+        """Add the gradient of ``loss``, a scalar, to row ``task``."""
+        inputs = [self.parameters[name] for name in self._order]
+        grads = torch.autograd.grad(loss, inputs, retain_graph=retain_graph, allow_unused=True)
+        split = len(self.shared) if self.shared is not None else 0
+        if split:
+            self._add_to_row(task, grads[:split])
+        heads = self._heads[task]
+        for name, grad in zip(self._order[split:], grads[split:], strict=True):
+            if grad is not None:
+                heads[name] = heads[name] + grad if name in heads else grad
+        self._written[task] = True
+
+    def _add_to_row(self, task: int, grads: Sequence[Tensor | None]) -> None:
+        views = self._row_views[task]
+        if all(g is not None for g in grads):
+            present, into = list(grads), views
+        else:
+            present = [g for g in grads if g is not None]
+            into = [v for v, g in zip(views, grads, strict=True) if g is not None]
+            if not self._written[task]:
+                self.rows[task].zero_()  # type: ignore[index]
+        if not present:
+            return
+        if self._written[task]:
+            torch._foreach_add_(into, present)
+        else:
+            torch._foreach_copy_(into, present)
+
+    def drop(self, task: int) -> None:
+        """Forget what task ``task`` contributed to this step."""
+        self._written[task] = False
+        self._heads[task] = {}
+
+    def finish(self) -> Tensor:
+        """The Jacobian of the step, shape ``(T, P)``; rows of tasks that added nothing are zero."""
+        if self.shared is None:
+            reached = [set(heads) for heads in self._heads]
+            needed = min(2, self.num_tasks)
+            self._fix([n for n in self._order if sum(n in r for r in reached) >= needed])
+        assert self.rows is not None
+        for task, written in enumerate(self._written):
+            if not written:
+                self.rows[task].zero_()
+        return self.rows
+
+    def _fix(self, shared: list[str]) -> None:
+        """Fix the layout of the rows, and move into them what was collected before it was known."""
+        chosen = [self.parameters[name] for name in shared]
+        devices = {p.device for p in chosen}
+        if len(devices) > 1:
+            raise ValueError(
+                f"Expected the shared parameters on one device but found them on {sorted(map(str, devices))}. "
+                f"Keep the shared trunk on one device, or return the part on one from `shared_parameters()`."
+            )
+        self.shared = shared
+        names = set(shared)
+        self._order = shared + [name for name in self.parameters if name not in names]
+        dtype = torch.float32
+        for p in chosen:
+            dtype = torch.promote_types(dtype, p.dtype)
+        total = sum(p.numel() for p in chosen)
+        device = chosen[0].device if chosen else None
+        self.rows = torch.zeros(self.num_tasks, total, dtype=dtype, device=device)
+        self._row_views = [_views(row, chosen) for row in self.rows]
+        self._direction = torch.zeros(total, dtype=dtype, device=device)
+        self._direction_views = _views(self._direction, chosen)
+        for task, heads in enumerate(self._heads):
+            found = {name: heads.pop(name) for name in shared if name in heads}
+            for name, view in zip(shared, self._row_views[task], strict=True):
+                if name in found:
+                    view.copy_(found[name])
+
+    def write_shared(self, direction: Tensor) -> None:
+        """Make ``direction``, shape ``(P,)``, the ``.grad`` of the shared parameters.
+
+        The gradients are views of one buffer with each parameter's own strides, as fused optimizers expect.
+        """
+        self._direction.copy_(direction)
+        for name, view in zip(self.shared or (), self._direction_views, strict=True):
+            parameter = self.parameters[name]
+            parameter.grad = view if view.dtype == parameter.dtype else view.to(parameter.dtype)
+
+    def combine(self, weights: Tensor) -> Tensor:
+        """The direction ``weights @ J``, shape ``(P,)``, in the buffer that :meth:`write_shared` uses."""
+        assert self.rows is not None
+        return torch.mv(self.rows.T, weights, out=self._direction)
+
+    def write_heads(self, weights: Tensor | None) -> None:
+        """Make the head gradients of each task, times its weight, the ``.grad`` of the other parameters.
+
+        Args:
+            weights: shape ``(T,)``; ``None`` for ones.
+        """
+        assigned: set[str] = set()
+        for task, heads in enumerate(self._heads):
+            if not heads:
+                continue
+            grads = list(heads.values())
+            if weights is not None:
+                grads = list(torch._foreach_mul(grads, weights[task].to(grads[0].dtype)))
+            for name, grad in zip(heads, grads, strict=True):
+                parameter = self.parameters[name]
+                # A parameter outside `shared_parameters()` may still belong to several tasks: their sum.
+                parameter.grad = parameter.grad + grad if name in assigned else grad
+                assigned.add(name)
+
+    def head_names(self) -> set[str]:
+        """Names of the parameters outside the rows that this step reached."""
+        return set().union(*self._heads)
+
+
+def _views(flat: Tensor, parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+    """Views of ``flat`` in each parameter's shape and strides (``view`` would lose channels_last)."""
+    views, offset = [], flat.storage_offset()
+    for p in parameters:
+        span = 1 + sum((n - 1) * s for n, s in zip(p.shape, p.stride(), strict=True))
+        stride = p.stride() if span == p.numel() else torch.empty_like(p).contiguous().stride()
+        views.append(flat.as_strided(p.shape, stride, offset))
+        offset += p.numel()
+    return views

@@ -1,0 +1,74 @@
+"""Which parameters are shared, by name: given by the user, restored, or found from the graph."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+if TYPE_CHECKING:
+    from lightning_mtl.jacobian import TaskGradients
+    from lightning_mtl.module import MultiTaskModule
+
+
+def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Trainable parameters by name, each once."""
+    return {name: p for name, p in module.named_parameters() if p.requires_grad}
+
+
+def shared_names(
+    module: MultiTaskModule, parameters: dict[str, nn.Parameter], saved: list[str] | None
+) -> list[str] | None:
+    """Names of the shared parameters where they are known before the first step, else ``None``.
+
+    Raises:
+        ValueError: ``shared_parameters()`` returns what is no trainable parameter of the module;
+            a checkpoint's shared parameters are not this module's.
+    """
+    if saved is not None:
+        missing = [name for name in saved if name not in parameters]
+        if missing:
+            raise ValueError(
+                f"Expected the shared parameters of the checkpoint but found no trainable {missing} "
+                f"in {type(module).__name__}. Resume with the model and the frozen parameters of "
+                f"the saved run."
+            )
+        return saved
+    given = module.shared_parameters()
+    if given is None:
+        return None
+    by_id = {id(p): name for name, p in parameters.items()}
+    chosen = list(dict.fromkeys(id(p) for p in given))
+    foreign = [i for i in chosen if i not in by_id]
+    if foreign or not chosen:
+        raise ValueError(
+            f"Expected `shared_parameters()` to return trainable parameters of "
+            f"{type(module).__name__} but {len(foreign)} of {len(chosen)} are not. Return for "
+            f"example `self.encoder.parameters()`, without frozen ones."
+        )
+    return [by_id[i] for i in chosen]
+
+
+def no_shared(module: MultiTaskModule, balancer: str) -> str:
+    """Why a gradient balancer has nothing to work on, and what to do."""
+    frozen = [name for name, p in module.named_parameters() if not p.requires_grad]
+    found = f"; frozen are {frozen[:4]}{' and more' * (len(frozen) > 4)}" if frozen else ""
+    return (
+        f"Expected parameters that two or more of the tasks {list(module.training_tasks)} share "
+        f"but found none, so {balancer} has no gradients to balance{found}. Unfreeze the trunk, "
+        f"check that every task's loss goes through it, name the parameters in "
+        f"`shared_parameters()`, or train without a gradient balancer."
+    )
+
+
+def check_frozen(module: MultiTaskModule, gradients: TaskGradients) -> None:
+    """Refuse parameters that were frozen or unfrozen since the shared ones were found."""
+    now, before = set(trainable(module)), set(gradients.parameters)
+    if now != before:
+        changed = sorted(now ^ before)
+        raise ValueError(
+            f"Expected the trainable parameters of the first step but {changed[:4]} "
+            f"{'were' if len(changed) > 1 else 'was'} frozen or unfrozen since. Balancing keeps "
+            f"one layout a fit: freeze before `fit`, and unfreeze in a new `fit` with "
+            f"`ckpt_path=None`."
+        )

@@ -1,0 +1,207 @@
+"""Checks on the task losses that a module returns, before anything is differentiated."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+OnBadLoss = Literal["raise", "skip_task", "skip_step"]
+
+
+class BadLossError(ValueError):
+    """A task's loss, or the gradient of one, cannot be used: not finite, or not positive under a logarithm."""
+
+
+@dataclass
+class TaskLosses:
+    """The usable losses of one micro-batch.
+
+    Attributes:
+        tasks: indices of the tasks present, ascending.
+        values: their losses, scalars with a graph.
+        counts: valid labels behind each loss; 1 where the module gave none.
+        skip: whether the whole step is to be skipped.
+        dropped: whether a bad loss was left out.
+    """
+
+    tasks: list[int]
+    values: list[Tensor]
+    counts: list[float]
+    skip: bool = False
+    dropped: bool = False
+
+    def __iter__(self) -> Iterator[tuple[int, Tensor, float, bool]]:
+        """``(task index, loss, count, whether it is the last)``."""
+        last = len(self.tasks) - 1
+        for i, (t, value, count) in enumerate(
+            zip(self.tasks, self.values, self.counts, strict=True)
+        ):
+            yield t, value, count, i == last
+
+    def uneven(self, num_tasks: int) -> bool:
+        """Whether a task is absent or brings a label count."""
+        return len(self.tasks) < num_tasks or any(count != 1 for count in self.counts)
+
+    def stacked(self) -> Tensor:
+        """The losses as one vector in at least float32."""
+        return torch.stack([v if v.dtype.itemsize >= 4 else v.float() for v in self.values])
+
+    def total(self) -> Tensor:
+        """The plain sum of the losses."""
+        return self.stacked().sum() if self.values else torch.zeros(())
+
+
+def check_task_names(names: Sequence[str]) -> tuple[str, ...]:
+    """Task names as a tuple; refuses duplicates, empty lists and names that cannot be logged."""
+    if isinstance(names, str) or not all(isinstance(n, str) for n in names):
+        raise TypeError(f"Expected task names as a list of strings but got {names!r}.")
+    names = tuple(names)
+    if not names:
+        raise ValueError("Expected at least one task but got none. Pass `tasks={name: Task(...)}`.")
+    twice = sorted({n for n in names if names.count(n) > 1})
+    if twice:
+        raise ValueError(f"Expected each task once but found {twice} more than once in {list(names)}.")
+    bad = [n for n in names if not n or "." in n or "/" in n]
+    if bad:
+        raise ValueError(f"Expected task names without '.' and '/', and not empty, but got {bad}.")
+    return names
+
+
+def known_tasks(given: Sequence[str], declared: Sequence[str], argument: str) -> None:
+    """Refuse names in ``given`` that are not declared tasks."""
+    unknown = [n for n in given if n not in declared]
+    if unknown:
+        raise ValueError(
+            f"{argument} names the unknown task{'s' * (len(unknown) > 1)} {unknown}; the module declares "
+            f"{list(declared)}. Correct the name, or declare the task in `tasks`."
+        )
+
+
+def read_losses(
+    losses: Any,
+    declared: Sequence[str],
+    active: Sequence[str],
+    *,
+    positive_for: str | None,
+    on_bad_loss: OnBadLoss,
+    step: int,
+) -> TaskLosses:
+    """Validate what ``task_losses`` returned.
+
+    Args:
+        losses: ``{task: loss}``, ``{task: (mean, n_valid)}``; a missing key or ``None`` is an absent task.
+        declared: names of all tasks.
+        active: names of the tasks that train.
+        positive_for: name of the balancer that needs positive losses, if there is one.
+        on_bad_loss: what a loss that cannot be used leads to.
+        step: the optimiser step, for messages.
+
+    Raises:
+        TypeError: the value is no mapping, or a loss is no tensor.
+        ValueError: an undeclared task, a loss that is no scalar, or one without a graph.
+        BadLossError: a loss that cannot be used, with ``on_bad_loss="raise"``.
+    """
+    if not isinstance(losses, Mapping):
+        raise TypeError(
+            f"Expected `task_losses` to return a dict {{task: loss}} but got {type(losses).__name__}. "
+            f"Return one scalar loss for each of {list(declared)}."
+        )
+    known_tasks(list(losses), declared, "The dict that `task_losses` returned")
+    read = TaskLosses([], [], [])
+    for index, task in enumerate(active):
+        value, count = losses.get(task), 1.0
+        if isinstance(value, tuple):
+            value, count = value[0], float(value[1])
+        if value is None or count == 0:
+            continue
+        if not isinstance(value, Tensor):
+            raise TypeError(
+                f"Expected the loss of task '{task}' to be a tensor but got {type(value).__name__}. "
+                f"Return the loss itself, not `.item()`; for a task without labels return None."
+            )
+        if value.numel() != 1:
+            raise ValueError(
+                f"Expected the loss of task '{task}' to be a scalar but got shape {tuple(value.shape)}. "
+                f"Reduce it, for example with `.mean()`."
+            )
+        if not value.requires_grad:
+            raise ValueError(
+                f"Expected the loss of task '{task}' to have a graph but it does not depend on any trainable "
+                f"parameter. Return None for a task without labels, leave it out with `active_tasks`, and look "
+                f"for `.detach()`, `torch.no_grad()` or a fully frozen model."
+            )
+        read.tasks.append(index)
+        read.values.append(value.reshape(()))
+        read.counts.append(count)
+    _drop_bad(read, active, positive_for, on_bad_loss, step)
+    return read
+
+
+def _drop_bad(
+    read: TaskLosses,
+    active: Sequence[str],
+    positive_for: str | None,
+    on_bad_loss: OnBadLoss,
+    step: int,
+) -> None:
+    values = torch.stack([v.detach().double() for v in read.values]).tolist() if read.values else []
+    bad = [not _usable(v, positive_for is not None) for v in values]
+    if not any(bad):
+        return
+    if on_bad_loss == "raise":
+        found = {active[t]: v for t, v, b in zip(read.tasks, values, bad, strict=True) if b}
+        expected = f"finite and positive (for {positive_for})" if positive_for else "finite"
+        raise BadLossError(
+            f"Expected {expected} losses at optimiser step {step} but found {found}. No parameter was changed. "
+            f"Look at this batch's targets and the learning rate; `on_bad_loss='skip_task'` or 'skip_step' "
+            f"goes on without such a loss"
+            + (f", and a balancer that takes no logarithm accepts zero or negative ones." if positive_for else ".")
+        )
+    read.dropped = True
+    if on_bad_loss == "skip_step":
+        read.skip = True
+        return
+    keep = [i for i, b in enumerate(bad) if not b]
+    read.tasks = [read.tasks[i] for i in keep]
+    read.values = [read.values[i] for i in keep]
+    read.counts = [read.counts[i] for i in keep]
+
+
+def _usable(value: float, positive: bool) -> bool:
+    finite = value - value == 0.0
+    return finite and (value > 0.0 or not positive)
+
+
+def bad_gradients(
+    sizes: Sequence[float],
+    counts: Sequence[float],
+    tasks: Sequence[str],
+    *,
+    on_bad_loss: OnBadLoss,
+    step: int,
+) -> list[int]:
+    """Indices of present tasks whose gradient is not finite.
+
+    Args:
+        sizes: a norm of each task's gradient.
+        counts: 0 for absent tasks.
+        tasks: their names.
+        on_bad_loss: ``"raise"`` raises here.
+        step: the optimiser step, for messages.
+
+    Raises:
+        BadLossError: one of them is not finite, with ``on_bad_loss="raise"``.
+    """
+    bad = [t for t, size in enumerate(sizes) if counts[t] and not _usable(size, False)]
+    if bad and on_bad_loss == "raise":
+        raise BadLossError(
+            f"Expected finite gradients at optimiser step {step} but the shared gradient of "
+            f"{[tasks[t] for t in bad]} is not, though the loss is. No parameter was changed. Look "
+            f"for a square root or a division at zero in that loss, or lower the learning rate; "
+            f"`on_bad_loss='skip_task'` or 'skip_step' goes on without it."
+        )
+    return bad

@@ -1,0 +1,198 @@
+"""MultiTaskModule: what a user subclasses. The training flow itself is in flow.py."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+from lightning.pytorch import Callback, LightningModule
+from torch import Tensor, nn
+
+from lightning_mtl.evaluation import Evaluation
+from lightning_mtl.flow import Flow
+from lightning_mtl.losses import OnBadLoss, check_task_names, known_tasks
+from lightning_mtl.record import StepRecord
+from lightning_mtl.task import Task
+from lightning_mtl.trainer_flags import TrainerFlags
+
+
+class MultiTaskModule(LightningModule):
+    """A LightningModule whose task losses are balanced by the callbacks of its Trainer.
+
+    Either declare ``tasks``, return ``{task: prediction}`` from ``forward`` and give batches
+    ``(inputs, {task: target})``; or override :meth:`task_losses` and keep the rest of your
+    Lightning code. Everything else is ordinary Lightning: ``configure_optimizers``, Trainer flags,
+    loggers, checkpoints. Without a balancer among the callbacks it trains on the plain sum of the
+    losses.
+
+    Args:
+        tasks: ``{name: Task}``; or only the names when :meth:`task_losses` is overridden; or
+            ``None``, and the names are those of the first batch.
+        active_tasks: train on these tasks only; one name gives the single-task baseline. Default
+            all.
+        on_bad_loss: what a loss that is not finite (or not positive under a logarithm) leads to:
+            ``"raise"`` an error that names task and step, ``"skip_task"`` for this batch, or
+            ``"skip_step"``. It never reaches a parameter.
+        baseline: single-task results for Δp, ``{task: {metric: value}}`` or the ``baseline.json``
+            of ``lightning-mtl compare``.
+        delta_p_metrics: for modules with their own loop, ``{task: {logged name: higher is
+            better}}``.
+
+    Attributes:
+        last_step: what the last optimiser step did, a :class:`~lightning_mtl.StepRecord`.
+    """
+
+    def __init__(
+        self,
+        tasks: Mapping[str, Task] | Sequence[str] | None = None,
+        *,
+        active_tasks: Sequence[str] | None = None,
+        on_bad_loss: OnBadLoss = "raise",
+        baseline: Mapping[str, Mapping[str, float]] | str | Path | None = None,
+        delta_p_metrics: Mapping[str, Mapping[str, bool]] | None = None,
+    ) -> None:
+        super().__init__()
+        if on_bad_loss not in get_args(OnBadLoss):
+            raise ValueError(
+                f"Expected argument `on_bad_loss` to be one of {get_args(OnBadLoss)} but got "
+                f"{on_bad_loss!r}."
+            )
+        self.automatic_optimization = False
+        self.on_bad_loss = on_bad_loss
+        self._declared: tuple[str, ...] | None = None
+        self._tasks = nn.ModuleDict()
+        if tasks is not None:
+            self._declared = check_task_names(list(tasks) if isinstance(tasks, Mapping) else tasks)
+        if isinstance(tasks, Mapping):
+            # Prefixed: an entry of nn.ModuleDict cannot be named like one of its methods.
+            self._tasks = nn.ModuleDict({f"task_{name}": task for name, task in tasks.items()})
+        self.active_tasks = active_tasks
+        self.last_step: StepRecord | None = None
+        self._evaluation = Evaluation(baseline, delta_p_metrics)
+        self._flow: Flow | None = None  # made anew by every fit
+
+    # ---------------------------------------------------------------- for users
+
+    @property
+    def tasks(self) -> dict[str, Task]:
+        """The declared tasks by name; empty when the module computes its losses itself."""
+        return {name[len("task_") :]: task for name, task in self._tasks.items()}  # type: ignore[misc]
+
+    @property
+    def task_names(self) -> tuple[str, ...]:
+        """Names of all tasks; empty before the first batch of a module that declares none."""
+        return self._declared or ()
+
+    @property
+    def active_tasks(self) -> tuple[str, ...] | None:
+        """Names of the tasks that train, ``None`` for all. Set it before ``fit``."""
+        return self._active
+
+    @active_tasks.setter
+    def active_tasks(self, names: Sequence[str] | None) -> None:
+        if names is not None:
+            names = check_task_names(names)
+            if self._declared is not None:
+                known_tasks(names, self._declared, "`active_tasks`")
+                names = tuple(n for n in self._declared if n in names)
+        self._active = names
+
+    @property
+    def training_tasks(self) -> tuple[str, ...]:
+        """Names of the tasks that train, in the order of every per-task vector."""
+        return self._active or self.task_names
+
+    def _declare(self, names: tuple[str, ...]) -> None:
+        """Take the names of the first batch for those of the tasks."""
+        self._declared = names
+        self.active_tasks = self._active  # names them in this order, refuses unknown ones
+
+    def task_losses(self, batch: Any, batch_idx: int) -> Mapping[str, Any]:
+        """The loss of every task in a batch; override it for your own training code.
+
+        Returns:
+            ``{task: loss}``: scalars with a graph. A value may be ``(mean, n_valid)``, so that
+            means over micro-batches are weighted by valid labels. A missing key or ``None`` is a
+            task absent from this batch.
+        """
+        return self._evaluation.losses(self, batch)
+
+    def shared_parameters(self) -> Iterable[nn.Parameter] | None:
+        """The parameters whose task gradients are balanced; ``None`` finds them from the graph.
+
+        Found are those that two or more tasks reach in the first optimiser step. Override it when
+        a task may be missing from that step, or to balance a part of the trunk only.
+        """
+        return None
+
+    def metric_directions(self) -> dict[str, dict[str, bool]]:
+        """``{task: {logged name: higher is better}}`` of the metrics that Δp is made of."""
+        return self._evaluation.directions(self)
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Update and log losses and metrics of every active task."""
+        self._evaluation.step(self, batch, batch_idx, "val")
+
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Update and log losses and metrics of every active task."""
+        self._evaluation.step(self, batch, batch_idx, "test")
+
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
+        """Predictions of every task for the inputs of a batch."""
+        return self(batch[0] if self.tasks and isinstance(batch, (tuple, list)) else batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log Δp when there is a baseline; call ``super()`` last when you override it."""
+        self._evaluation.log_delta_p(self, "val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log Δp when there is a baseline; call ``super()`` last when you override it."""
+        self._evaluation.log_delta_p(self, "test")
+
+    # ------------------------------------------------------------ for Lightning
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
+        """One micro-batch, and a balanced optimiser step after the last one of a group."""
+        assert self._flow is not None
+        return self._flow.training_step(batch, batch_idx)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles leave the Trainer behind, and with it the running fit."""
+        return {**super().__getstate__(), "_flow": None}
+
+    def configure_callbacks(self) -> list[Callback]:
+        """What keeps Trainer flags working; attached as well when a subclass forgets ``super()``."""
+        return []
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Attach our callback to whatever ``configure_callbacks`` a subclass defines."""
+        super().__init_subclass__(**kwargs)
+        if "configure_callbacks" in vars(cls):
+            cls.configure_callbacks = _with_flags(cls.configure_callbacks)  # type: ignore[method-assign]
+
+
+def _with_flags(
+    configure_callbacks: Callable[[Any], Any],
+) -> Callable[[MultiTaskModule], list[Callback]]:
+    @functools.wraps(configure_callbacks)
+    def configured(self: MultiTaskModule) -> list[Callback]:
+        found = configure_callbacks(self)
+        callbacks = list(found) if isinstance(found, Sequence) else [found]
+        attached = [*callbacks, *self.trainer.callbacks]  # type: ignore[attr-defined]
+        if not any(isinstance(c, TrainerFlags) and c.module is self for c in attached):
+            callbacks.append(TrainerFlags(self))
+        # From here until `setup`, Lightning validates flags that suit automatic optimisation.
+        self.automatic_optimization = True
+        if type(self).validation_step is MultiTaskModule.validation_step:
+            warnings.filterwarnings(
+                "ignore", message="You defined a `validation_step` but have no `val_dataloader`"
+            )
+        return callbacks
+
+    return configured
+
+
+MultiTaskModule.configure_callbacks = _with_flags(MultiTaskModule.configure_callbacks)  # type: ignore[method-assign]

@@ -1,0 +1,41 @@
+"""Which balancers a Trainer's callbacks amount to: at most one for the losses, at most one for the gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from lightning.pytorch import Callback
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from lightning_mtl.balancer import Balancer, GradientBalancer, LossBalancer
+
+
+def attached_balancers(
+    callbacks: Iterable[Callback],
+) -> tuple[LossBalancer | None, GradientBalancer | None]:
+    """The loss balancer and the gradient balancer among ``callbacks``; a hybrid is both.
+
+    Raises:
+        MisconfigurationException: two balancers of one stage.
+    """
+    balancers = [c for c in callbacks if isinstance(c, Balancer)]
+    loss = [b for b in balancers if isinstance(b, LossBalancer)]
+    gradient = [b for b in balancers if isinstance(b, GradientBalancer)]
+    for stage, found in (("loss", loss), ("gradient", gradient)):
+        if len(found) > 1:
+            names = ", ".join(type(b).__name__ for b in found)
+            hybrid = [type(b).__name__ for b in found if b in loss and b in gradient]
+            reason = f" {hybrid[0]} balances losses and gradients by itself." if hybrid else ""
+            raise MisconfigurationException(
+                f"Expected at most one {stage} balancer among the Trainer's callbacks but found {names}."
+                f"{reason} Keep one of them."
+            )
+    return (loss[0] if loss else None), (gradient[0] if gradient else None)
+
+
+def check_tasks(balancers: Iterable[Balancer | None], tasks: Sequence[str]) -> None:
+    """Let balancers that are configured by task name check the names."""
+    for balancer in balancers:
+        check = getattr(balancer, "check_tasks", None)
+        if check is not None:
+            check(tasks)

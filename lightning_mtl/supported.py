@@ -1,0 +1,74 @@
+"""What a MultiTaskModule refuses when a fit is set up, each with what to use instead."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import BackboneFinetuning, BatchSizeFinder, LearningRateFinder
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+if TYPE_CHECKING:
+    from lightning_mtl.module import MultiTaskModule
+
+_CURES = {
+    LearningRateFinder: (
+        "it replaces the Trainer's callbacks while it searches, so the balancers would take no part. "
+        "Compare learning rates in short fits instead"
+    ),
+    BatchSizeFinder: (
+        "it replaces the Trainer's callbacks while it searches, so the balancers would take no part. "
+        "Try batch sizes in short fits instead"
+    ),
+    BackboneFinetuning: (
+        "the shared parameters are fixed at the first step and it unfreezes them later. Train the heads in a "
+        "first `fit` with the trunk frozen and no gradient balancer, then unfreeze and call `fit` with a new "
+        "Trainer and module"
+    ),
+}
+
+
+def check_trainer(trainer: Trainer, module: MultiTaskModule) -> None:
+    """Refuse combinations that would train something else than the user asked for."""
+    from lightning_mtl.module import MultiTaskModule
+
+    name = type(module).__name__
+    if type(module).training_step is not MultiTaskModule.training_step:
+        raise MisconfigurationException(
+            f"{name} overrides `training_step`, which is where MultiTaskModule balances. Rename it to "
+            f"`task_losses(self, batch, batch_idx)` and return a dict {{task: loss}} instead of their sum."
+        )
+    for callback in trainer.callbacks:
+        if not isinstance(callback, Callback):
+            raise MisconfigurationException(
+                f"Expected callbacks of the `lightning` package but found {type(callback).__module__}."
+                f"{type(callback).__qualname__}. Import it from `lightning.pytorch` instead of "
+                f"`pytorch_lightning`: the two are different packages."
+            )
+        for refused, cure in _CURES.items():
+            if isinstance(callback, refused):
+                raise MisconfigurationException(
+                    f"{type(callback).__name__} is not supported with {name}: {cure}."
+                )
+    if not isinstance(trainer.strategy, SingleDeviceStrategy):
+        raise MisconfigurationException(
+            f"Expected a single device but found {type(trainer.strategy).__name__}: task gradients are not "
+            f"averaged over ranks yet. Use `Trainer(devices=1)`."
+        )
+    if getattr(trainer.precision_plugin, "scaler", None) is not None:
+        raise MisconfigurationException(
+            f"Expected a precision without a gradient scaler but found '{trainer.precision}'. "
+            f"Use `precision='bf16-mixed'` or '32-true'."
+        )
+
+
+def check_optimizers(trainer: Trainer, module: MultiTaskModule) -> None:
+    """Refuse optimizers that evaluate the loss several times a step."""
+    for optimizer in trainer.optimizers:
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise MisconfigurationException(
+                f"LBFGS is not supported with {type(module).__name__}: it evaluates the losses several times "
+                f"a step, and balancing happens once. Use a first-order optimizer such as SGD or AdamW."
+            )

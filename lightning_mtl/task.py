@@ -1,0 +1,83 @@
+"""A task: its loss, its metrics, and where its target is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torchmetrics import Metric, MetricCollection
+
+STAGES = ("val", "test")
+
+Metrics = Metric | MetricCollection | Sequence[Metric] | Mapping[str, Metric] | None
+
+
+class Task(nn.Module):
+    """One task of a :class:`~lightning_mtl.MultiTaskModule`.
+
+    Args:
+        loss: ``loss(prediction, target)`` returns a scalar: the mean over the valid labels.
+        metrics: a torchmetrics metric, several of them, or a dict that names them. They are updated with
+            ``(prediction, target)`` in validation and test; their ``higher_is_better`` gives Δp its sign.
+        target: the key of this task's target in the batch; by default the task's own name.
+        count: ``count(target)`` returns the number of valid labels in a batch. Give it when labels are
+            missing: a batch with none leaves the task out, and means over micro-batches are then weighted
+            by valid labels.
+
+    Example:
+        >>> import torch
+        >>> from torchmetrics.classification import MulticlassAccuracy
+        >>> task = Task(torch.nn.CrossEntropyLoss(), MulticlassAccuracy(num_classes=3))
+        >>> task.directions()
+        {'MulticlassAccuracy': True}
+    """
+
+    def __init__(
+        self,
+        loss: Callable[[Any, Any], Tensor],
+        metrics: Metrics = None,
+        *,
+        target: str | None = None,
+        count: Callable[[Any], Any] | None = None,
+    ) -> None:
+        super().__init__()
+        if not callable(loss):
+            raise TypeError(
+                f"Expected argument `loss` to be callable as loss(prediction, target) but got "
+                f"{type(loss).__name__}. Pass a loss module such as nn.MSELoss() or a function."
+            )
+        self.loss = loss
+        self.target = target
+        self.count = count
+        collection = _collection(metrics)
+        self.metrics = nn.ModuleDict({stage: collection.clone() for stage in STAGES})
+
+    def directions(self) -> dict[str, bool]:
+        """``{metric name: higher is better}``.
+
+        Raises:
+            ValueError: a metric does not say which way is better.
+        """
+        found = {}
+        for name, metric in self.metrics["val"].items():
+            if metric.higher_is_better is None:
+                raise ValueError(
+                    f"Metric `{name}` does not say whether higher is better, so Δp has no sign for it. "
+                    f"Set its class attribute `higher_is_better` to True or False."
+                )
+            found[str(name)] = bool(metric.higher_is_better)
+        return found
+
+
+def _collection(metrics: Metrics) -> MetricCollection:
+    if isinstance(metrics, MetricCollection):
+        return metrics
+    if metrics is None:
+        metrics = {}
+    elif isinstance(metrics, Metric):
+        metrics = [metrics]
+    # Lightning logs and resets each metric by itself, which compute groups would not survive.
+    return MetricCollection(
+        dict(metrics) if isinstance(metrics, Mapping) else list(metrics), compute_groups=False
+    )

@@ -1,0 +1,130 @@
+"""What manual optimisation would lose, given back: Trainer flags, LR schedulers, progress, random state.
+
+Lightning asks ``module.automatic_optimization`` in several places. Only the choice of the loop that runs a batch has to
+see ``False``; its validator, schedulers, loggers and checkpoint callbacks do the right thing when they see ``True``. So
+the module is manual exactly from the start of a batch to the end of its ``training_step`` (and while optimizers are set
+up, since automatic mode refuses several), and everything else is Lightning's own code, unchanged.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.core.optimizer import (
+    _configure_optimizers,
+    _configure_schedulers_automatic_opt,
+    _validate_optimizers_attached,
+    _validate_scheduler_api,
+)
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from lightning_mtl.flow import Flow, sync_progress
+from lightning_mtl.random_state import get_rng, set_rng
+from lightning_mtl.supported import check_optimizers, check_trainer
+
+if TYPE_CHECKING:
+    from lightning_mtl.module import MultiTaskModule
+
+
+class TrainerFlags(Callback):
+    """Attached by the module itself; not for users."""
+
+    def __init__(self, module: MultiTaskModule) -> None:
+        self.module = module
+        self.flow: Flow | None = None
+        self._schedulers: list[Any] | None = None
+        self._rng: dict[str, Any] | None = None
+
+    # ------------------------------------------------------------ set-up
+
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        self.module.automatic_optimization = False
+        self.flow = self.module._flow = None
+        if stage == "fit":
+            check_trainer(trainer, self.module)
+            self.flow = self.module._flow = Flow(self.module, trainer)
+            self._capture_schedulers()
+
+    def _capture_schedulers(self) -> None:
+        """Parse the schedulers as automatic optimisation would; manual mode drops ``monitor`` and others."""
+        module = self.module
+        self._release_schedulers()
+        original = module.configure_optimizers
+        self._had_own = "configure_optimizers" in vars(module)
+
+        def captured() -> Any:
+            configured = original()
+            if configured is None:
+                return None
+            optimizers, schedulers, monitor = _configure_optimizers(configured)
+            self._schedulers = _configure_schedulers_automatic_opt(schedulers, monitor)
+            _validate_optimizers_attached(optimizers, self._schedulers)
+            _validate_scheduler_api(self._schedulers, module)
+            return optimizers
+
+        captured.original = original  # type: ignore[attr-defined]
+        module.configure_optimizers = captured  # type: ignore[method-assign]
+
+    def _release_schedulers(self) -> None:
+        original = getattr(self.module.configure_optimizers, "original", None)
+        if original is not None:
+            if self._had_own:
+                self.module.configure_optimizers = original  # type: ignore[method-assign]
+            else:
+                del self.module.configure_optimizers
+
+    def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
+        self._release_schedulers()
+        if self._schedulers is not None:
+            trainer.strategy.lr_scheduler_configs = self._schedulers
+        check_optimizers(trainer, self.module)
+        self.module.automatic_optimization = True
+
+    def teardown(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        if self.flow is not None:
+            self.flow.release()
+
+    def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
+        self._release_schedulers()
+
+    # ---------------------------------------------------------- training
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        sync_progress(trainer)
+        if self._rng is not None:
+            set_rng(self._rng)
+            self._rng = None
+            self._warn_if_loader_restarts(trainer)
+
+    @staticmethod
+    def _warn_if_loader_restarts(trainer: Trainer) -> None:
+        loaders = trainer.fit_loop._combined_loader.flattened  # type: ignore[union-attr]
+        if not all(hasattr(loader, "load_state_dict") for loader in loaders):
+            rank_zero_warn(
+                "Resuming with a training loader that cannot save its position: it starts over, so this run "
+                "sees other batches than one that never stopped. For an exact resume give the loader "
+                "`state_dict` and `load_state_dict` (for example torchdata's StatefulDataLoader)."
+            )
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
+        assert self.flow is not None
+        self.flow.check_frozen()
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.module.automatic_optimization = False
+
+    # -------------------------------------------------------- checkpoint
+
+    def state_dict(self) -> dict[str, Any]:
+        if self.flow is None:
+            return {}
+        return {"flow": self.flow.state_dict(), "rng": get_rng(self.module.device)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if self.flow is not None and state_dict:  # else it is validation or test that loads
+            self.flow.load_state_dict(state_dict["flow"])
+            self._rng = state_dict["rng"]

@@ -1,0 +1,105 @@
+"""A model of two tasks and its data, small enough to be compared within seconds."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics import MeanSquaredError
+from torchmetrics.classification import MulticlassAccuracy
+
+from lightning_mtl import GradientBalancer, MultiTaskModule, Task
+
+
+class TwoTasks(MultiTaskModule):
+    """Class and value of points in six dimensions, from one hidden layer."""
+
+    def __init__(self, width: int = 8, lr: float = 0.1, baseline: str | None = None) -> None:
+        super().__init__(
+            tasks={
+                "classify": Task(nn.CrossEntropyLoss(), MulticlassAccuracy(num_classes=3)),
+                "regress": Task(nn.MSELoss(), MeanSquaredError()),
+            },
+            baseline=baseline,
+        )
+        self.save_hyperparameters()
+        self.trunk = nn.Sequential(nn.Linear(6, width), nn.Tanh())
+        heads = {"classify": nn.Linear(width, 3), "regress": nn.Linear(width, 1)}
+        self.heads = nn.ModuleDict(heads)
+
+    def forward(self, inputs: Tensor) -> dict[str, Tensor]:
+        hidden = self.trunk(inputs)
+        return {task: head(hidden) for task, head in self.heads.items()}
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), self.hparams.lr)
+
+    def predict_step(self, batch: list) -> dict[str, Tensor]:
+        return self(batch[0])
+
+
+class NoMetrics(TwoTasks):
+    """The second task has no metric."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tasks["regress"] = Task(nn.MSELoss())
+
+
+class Points(LightningDataModule):
+    """The same points in every run, shuffled by the run's seed."""
+
+    def __init__(self, size: int = 96, batch_size: int = 8) -> None:
+        super().__init__()
+        self.batch_size = batch_size
+        generator = torch.Generator().manual_seed(0)
+        inputs = torch.randn(size, 6, generator=generator)
+        noise = torch.randn(size, 1, generator=generator)
+        classes = (inputs[:, :3] + 0.5 * noise).argmax(1)
+        values = inputs[:, 2:4].prod(1, keepdim=True) + 0.1 * noise
+        points = [
+            (x, {"classify": c, "regress": v})
+            for x, c, v in zip(inputs, classes, values, strict=True)
+        ]
+        self.parts = [points[i::3] for i in range(3)]
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(self.parts[0], self.batch_size, shuffle=True)
+
+    def val_dataloader(self) -> DataLoader:
+        return DataLoader(self.parts[1], self.batch_size)
+
+    def test_dataloader(self) -> DataLoader:
+        return DataLoader(self.parts[2], self.batch_size)
+
+    def predict_dataloader(self) -> DataLoader:
+        return DataLoader(TensorDataset(torch.zeros(4, 6)), 2)
+
+
+class Broken(GradientBalancer):
+    """Fails at its first step."""
+
+    def weights(self, gramian: Tensor, losses: Tensor) -> Tensor:
+        raise ArithmeticError("this balancer always fails")
+
+
+class Killed(GradientBalancer):
+    """Ends its process, as a system without memory does."""
+
+    def weights(self, gramian: Tensor, losses: Tensor) -> Tensor:
+        os.kill(os.getpid(), signal.SIGKILL)
+        raise AssertionError
+
+
+class Picky(GradientBalancer):
+    """Takes a number only."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        if rate <= 0:
+            raise ValueError(f"Expected `rate` above 0 but found {rate}.")
+        self.rate = rate
