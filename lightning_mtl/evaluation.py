@@ -31,6 +31,13 @@ class Evaluation:
         self.baseline = None if baseline is None else load_baseline(baseline)[0]
         self.delta_p_metrics = delta_p_metrics
 
+    @staticmethod
+    def reset(module: MultiTaskModule) -> None:
+        """Reset all metrics: those of ``validate`` hold inference tensors that ``fit`` cannot use."""
+        for task in module.tasks.values():
+            for metrics in task.metrics.values():
+                metrics.reset()
+
     def losses(self, module: MultiTaskModule, batch: Any) -> dict[str, Any]:
         """Losses of the declared tasks in a batch ``(inputs, {task: target})``."""
         inputs, targets = _split(module, batch)

@@ -41,6 +41,7 @@ class TrainerFlags(Callback):
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         self.module.automatic_optimization = False
+        self.module._evaluation.reset(self.module)
         self.flow = self.module._flow = None
         if stage == "fit":
             check_trainer(trainer, self.module)

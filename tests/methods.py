@@ -28,7 +28,8 @@ class Method:
         nonconflicting: no task increases to first order.
         scale: the direction is multiplied by ``s**scale`` when all losses are multiplied by s;
             None where no such law exists.
-        equivariant: the order of the tasks does not matter.
+        equivariant: neither the order nor the names of the tasks matter.
+        unique: linearly dependent gradients, whose weights are not unique, have one direction.
         has_state: later calls depend on earlier ones.
         stationary_fixed_point: the direction is zero for two opposite gradients.
         warm_up: calls before the one in which the method does what its name says.
@@ -41,6 +42,7 @@ class Method:
     nonconflicting: bool = False
     scale: float | None = 1.0
     equivariant: bool = True
+    unique: bool = True
     has_state: bool = False
     stationary_fixed_point: bool = False
     warm_up: int = 0
@@ -74,7 +76,7 @@ def _dual(
 
 METHODS = [
     Method("EqualWeighting", EqualWeighting, _both("ew")),
-    Method("Scalarization", lambda: Scalarization({"a": 3.0, "c": 0.5})),
+    Method("Scalarization", lambda: Scalarization({"a": 3.0, "c": 0.5}), equivariant=False),
     Method("LogLoss", LogLoss, _both("si.d", "si.w"), scale=None),
     Method("LogLoss(eps=0)", lambda: LogLoss(eps=0.0), _both("si.d", "si.w"), scale=0.0),
     Method(
@@ -91,6 +93,7 @@ METHODS = [
             lambda n=n: MinNorm(normalization=n),
             _both(f"mgda.{n}.draw", f"mgda.{n}.w"),
             weighted=True,
+            unique=False,
         )
         for n in ("l2", "loss", "loss+")
     ),

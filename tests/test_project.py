@@ -12,7 +12,7 @@ from packaging.requirements import Requirement
 import lightning_mtl
 
 ROOT = Path(__file__).parents[1]
-EXTRAS = ("jsonargparse", "matplotlib", "sklearn", "torchvision", "tensorboard")
+EXTRAS = ("jsonargparse", "matplotlib", "scikit-learn", "sklearn", "tensorboard", "torchvision")
 TEXT = {".py", ".md", ".toml", ".yaml", ".yml", ".cff", ".json", ""}
 
 
@@ -53,24 +53,32 @@ def test_no_trainer_loads_us_unasked():
 def test_core_imports_without_extras():
     program = f"""
 import sys
+from importlib.machinery import PathFinder
+from importlib.metadata import Distribution, PackageNotFoundError
 
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {EXTRAS!r}:
-            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+find_spec, from_name = PathFinder.find_spec, Distribution.from_name
 
-sys.meta_path.insert(0, Absent())
+def absent_module(name, path=None, target=None):
+    return None if name.split(".")[0] in {EXTRAS!r} else find_spec(name, path, target)
+
+def absent_distribution(name):
+    if name in {EXTRAS!r}:
+        raise PackageNotFoundError(name)
+    return from_name(name)
+
+PathFinder.find_spec, Distribution.from_name = absent_module, absent_distribution
 import lightning_mtl
-for name in lightning_mtl.__all__:
-    getattr(lightning_mtl, name)
-lightning_mtl.DualBalance(), lightning_mtl.GradientNorm(["a", "b"])
-print(sorted(set({EXTRAS!r}) & set(sys.modules)))
+lightning_mtl.DualBalance(), lightning_mtl.GradientNorm(["a", "b"]), lightning_mtl.GradientMonitor()
+from lightning_mtl.cli import main
+print("status", main(["fit"]))
+print("imported", sorted(set({EXTRAS!r}) & set(sys.modules)))
 """
     run = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=False
     )
     assert run.returncode == 0, run.stderr
-    assert run.stdout.strip().splitlines()[-1] == "[]"
+    assert run.stdout.splitlines()[-2:] == ["status 2", "imported []"]
+    assert 'pip install "lightning-mtl[cli]"' in run.stderr
 
 
 def test_nothing_local_is_mentioned():

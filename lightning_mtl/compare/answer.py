@@ -62,10 +62,13 @@ def _against_single(summary: Summary) -> list[str]:
     best = _best(summary.methods)
     if best is None:
         return []
-    if _mean(best) < 0:
-        verdict = "is below single-task training (Δp 0): a model per task remains better"
+    single = "single-task training (Δp 0)"
+    if _low(best) > 0:
+        verdict = f"is above {single}"
+    elif _mean(best) + (_mean(best) - _low(best)) < 0:
+        verdict = f"is below {single}: a model per task remains better"
     else:
-        verdict = "is not below single-task training (Δp 0)"
+        verdict = f"is within one standard deviation of {single}"
     return [f"The best joint training, {_text(best)}, {verdict}."]
 
 

@@ -130,8 +130,11 @@ def compare(options: argparse.Namespace, command: str) -> int:
     _write(summary, options, command)
     took = duration(progress.elapsed())
     print(f"\n{console_table(summary)}\n\n" + "\n".join(answer(summary)))
+    failed = any(row.errors for row in summary.rows)
+    if failed:
+        print(f"\nWhat failed runs printed, with their tracebacks, is in {out / 'logs'}.")
     print(f"\nDone in {took}. Report: {out / 'report.html'}", flush=True)
-    return 1 if any(row.errors for row in summary.rows) else 0
+    return 1 if failed else 0
 
 
 def _write(summary: Summary, options: argparse.Namespace, command: str) -> None:

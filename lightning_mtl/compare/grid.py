@@ -94,7 +94,7 @@ class Results:
             write(self.path, kept)
 
     def append(self, record: dict[str, Any]) -> None:
-        """Add a run: one write, on the disk when this returns. Its curves get a file of their own."""
+        """Add a run: one write, on the disk when this returns. Curves get their own file."""
         if "curves" in record:
             points = record.pop("curves")
             write(self._curves(record["run"]), "".join(_line(point) for point in points))

@@ -11,7 +11,7 @@ import matplotlib
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from lightning_mtl.compare.table import Row, Spread, Summary
+from lightning_mtl.compare.table import Spread, Summary
 
 _STYLE: Any = {
     "axes.spines.top": False,

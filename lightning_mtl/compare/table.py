@@ -35,10 +35,9 @@ class Spread(NamedTuple):
             len(values),
         )
 
-    def text(self, form: str) -> str:
-        """Mean ± deviation."""
-        deviation = "" if self.std is None else f" ± {format(self.std, form.removeprefix('+'))}"
-        return format(self.mean, form) + deviation
+    def text(self, mean: str, std: str) -> str:
+        """Mean ± deviation, each in its format."""
+        return format(self.mean, mean) + ("" if self.std is None else f" ± {self.std:{std}}")
 
 
 @dataclass
@@ -124,7 +123,7 @@ def summarise(
             row.runs.setdefault(record["seed"], {}).update(record["metrics"])
     for row in rows.values():
         row.metrics = _metrics(row, directions)
-    summary = Summary(directions, list(rows.values()), dict(curves))
+    summary = Summary(directions, list(rows.values()), {m: curves[m] for m in rows if m in curves})
     _add_delta_p(summary)
     _add_ratio(summary)
     return summary
@@ -223,10 +222,10 @@ def cells(summary: Summary) -> tuple[list[str], list[list[str]]]:
     body = []
     for row in summary.rows:
         spreads = [row.metrics.get(task, {}).get(metric) for task, metric in columns]
-        line = [row.method] + ["–" if s is None else s.text(".4g") for s in spreads]
+        line = [row.method] + ["–" if s is None else s.text(".4g", ".2g") for s in spreads]
         line.append("0 (by definition)" if row.kind == "single" else "–")
         if row.delta_p is not None:
-            line[-1] = row.delta_p.text("+.2f")
+            line[-1] = row.delta_p.text("+.2f", ".2f")
         line.append("–" if row.step_ms is None else f"{row.step_ms:.2f}")
         line.append("–" if row.step_ratio is None else f"{row.step_ratio:.2f}")
         line.append("–" if row.peak_mb is None else f"{row.peak_mb:.1f}")

@@ -69,8 +69,9 @@ class MinNorm(GradientBalancer):
     Deviations: solved exactly for any number of tasks, where the papers' codes iterate to about
     1e-3 and never give a task the whole weight. With a normalisation only the weights see the
     normalised gradients and the raw ones are combined, as in Sener & Koltun's code, so :math:`d`
-    may then conflict with a task. Algorithm 2 of Sener & Koltun updates each task's own parameters
-    with plain gradients while their code weighs those too; ``weight_heads`` chooses.
+    may then conflict with a task, and is not unique where the weights are not (linearly dependent
+    gradients). Algorithm 2 of Sener & Koltun updates each task's own parameters with plain
+    gradients while their code weighs those too; ``weight_heads`` chooses.
 
     Args:
         normalization: :math:`n_t`: 1 (``"none"``, as in the paper), :math:`\lVert g_t \rVert`

@@ -1,0 +1,103 @@
+"""A LeNet whose code of 50 numbers serves a classifier and a decoder."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import MeanSquaredError
+from torchmetrics.classification import MulticlassAccuracy
+
+from lightning_mtl import MultiTaskModule, Task
+
+
+class Encoder(nn.Sequential):
+    """LeNet's convolutions and one layer to the code.
+
+    Args:
+        width: channels of the first convolution; the second has twice as many.
+        code: size of the shared code.
+        batch_norm: normalise the input of every activation.
+    """
+
+    def __init__(self, width: int, code: int, batch_norm: bool) -> None:
+        norm2d, norm1d = (nn.BatchNorm2d, nn.BatchNorm1d) if batch_norm else (nn.Identity,) * 2
+        super().__init__(
+            nn.Conv2d(1, width, 5),
+            nn.MaxPool2d(2),
+            norm2d(width),
+            nn.ReLU(),
+            nn.Conv2d(width, 2 * width, 5),
+            nn.MaxPool2d(2),
+            norm2d(2 * width),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(2 * width * 16, code),
+            norm1d(code),
+            nn.ReLU(),
+        )
+
+
+class TwoDigits(MultiTaskModule):
+    """Classify the upper-left digit and reconstruct the lower-right one.
+
+    Args:
+        optimizer: ``"adamw"`` or ``"sgd"``.
+        lr: learning rate.
+        momentum: of SGD.
+        weight_decay: of either optimiser.
+        width: channels of the first convolution.
+        code: size of the code that both tasks share.
+        hidden: width of the decoder's hidden layer.
+        batch_norm: normalise in the encoder; the paper's LeNet does not.
+        baseline: single-task results for Δp, as in :class:`~lightning_mtl.MultiTaskModule`.
+    """
+
+    def __init__(
+        self,
+        optimizer: Literal["adamw", "sgd"] = "adamw",
+        lr: float = 2e-3,
+        momentum: float = 0.9,
+        weight_decay: float = 0.01,
+        width: int = 10,
+        code: int = 50,
+        hidden: int = 128,
+        batch_norm: bool = True,
+        baseline: str | None = None,
+    ) -> None:
+        super().__init__(
+            tasks={
+                "classify": Task(nn.CrossEntropyLoss(), MulticlassAccuracy(10, average="micro")),
+                "reconstruct": Task(nn.MSELoss(), MeanSquaredError()),
+            },
+            baseline=baseline,
+        )
+        self.save_hyperparameters()
+        self.encoder = Encoder(width, code, batch_norm)
+        self.heads = nn.ModuleDict(
+            {
+                "classify": nn.Sequential(nn.Linear(code, code), nn.ReLU(), nn.Linear(code, 10)),
+                "reconstruct": nn.Sequential(
+                    nn.Linear(code, hidden),
+                    nn.ReLU(),
+                    nn.Linear(hidden, 28 * 28),
+                    nn.Sigmoid(),
+                    nn.Unflatten(1, (1, 28, 28)),
+                ),
+            }
+        )
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        code = self.encoder(images)
+        return {task: head(code) for task, head in self.heads.items()}
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        options = self.hparams
+        if options.optimizer == "adamw":
+            return torch.optim.AdamW(
+                self.parameters(), options.lr, weight_decay=options.weight_decay, fused=True
+            )
+        return torch.optim.SGD(
+            self.parameters(), options.lr, options.momentum, weight_decay=options.weight_decay
+        )
