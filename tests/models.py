@@ -27,11 +27,11 @@ class Network(nn.Module):
     def __init__(self, tasks: tuple[str, ...] = TASKS, dropout: float = 0.0) -> None:
         super().__init__()
         self.trunk = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Dropout(dropout), nn.Linear(8, 6))
-        self.heads = nn.ModuleDict({task: nn.Linear(6, 1) for task in tasks})
+        self.heads = nn.ModuleDict({f"head_{task}": nn.Linear(6, 1) for task in tasks})
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         z = self.trunk(x).tanh()
-        return {task: head(z).squeeze(-1) for task, head in self.heads.items()}
+        return {name[5:]: head(z).squeeze(-1) for name, head in self.heads.items()}
 
 
 Configure = Callable[[Any], Any]

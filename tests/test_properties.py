@@ -72,7 +72,7 @@ INDEPENDENT = [full_rank, dominated, far_apart]
 
 def methods(having: Callable[[Method], object] = lambda m: True) -> pytest.MarkDecorator:
     """Run a test for every method with a trait."""
-    return pytest.mark.parametrize("method", filter(having, METHODS), ids=lambda m: m.name)
+    return pytest.mark.parametrize("method", list(filter(having, METHODS)), ids=lambda m: m.name)
 
 
 def cases(

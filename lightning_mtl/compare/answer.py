@@ -88,7 +88,7 @@ def _low(row: Row) -> float:
 
 def _text(row: Row) -> str:
     assert row.delta_p is not None
-    return f"{row.method} (Δp {row.delta_p.text('+.2f')} %)"
+    return f"{row.method} (Δp {row.delta_p.text('+.2f', '.2f')} %)"
 
 
 def _memory(row: Row, equal: Row) -> str:

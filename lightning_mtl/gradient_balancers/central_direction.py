@@ -70,7 +70,7 @@ class CentralDirection(GradientBalancer):
         balance conflicting tasks in multi-task learning*, Neurocomputing 511, 2022.
     """
 
-    def weights(self, gramian: Tensor, losses: Tensor) -> Tensor:  # noqa: ARG002
+    def weights(self, gramian: Tensor, losses: Tensor) -> Tensor:
         """See :func:`central_direction_weights`.
 
         Args:

@@ -137,7 +137,7 @@ class DualBalance(LossBalancer, GradientBalancer):
             return torch.ones_like(losses)
         return torch.where(losses < 0, torch.nan, 1 / (losses + self.eps))
 
-    def weights(self, gramian: Tensor, losses: Tensor) -> Tensor:  # noqa: ARG002
+    def weights(self, gramian: Tensor, losses: Tensor) -> Tensor:
         """Weights from the norms of this step's gradients, with ``beta=0``.
 
         Args:
@@ -161,7 +161,7 @@ class DualBalance(LossBalancer, GradientBalancer):
         squares = gramian.diagonal().to(_at_least_float32(gramian)).clamp(min=0)
         return dual_balance_weights(squares.sqrt(), self.scale, self.eps).to(gramian.dtype)
 
-    def direction(self, jacobian: Tensor, losses: Tensor) -> Tensor:  # noqa: ARG002
+    def direction(self, jacobian: Tensor, losses: Tensor) -> Tensor:
         """Update the smoothed gradients and add them up at equal norm.
 
         Args:
