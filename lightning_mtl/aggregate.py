@@ -1,4 +1,4 @@
-"""Balance the task gradients of one optimiser step: loss weights, then a direction, then ``.grad``."""
+"""Balance the task gradients of a step: loss weights, then a direction, then ``.grad``."""
 
 from __future__ import annotations
 
@@ -28,13 +28,15 @@ def aggregate(
 ) -> StepRecord:
     r"""Write the balanced gradients of a step and say what was done.
 
-    Row ``t`` of the Jacobian is a sum over micro-batches; divided by ``counts[t]`` it is the gradient of the mean
-    loss. Every nonlinear stage sees these means; ``share`` scales the result back, as Lightning scales a last group
-    that is not full. Weights multiply rows only where a method needs the rows themselves.
+    Row ``t`` of the Jacobian is a sum over micro-batches; divided by ``counts[t]`` it is the
+    gradient of the mean loss. Every nonlinear stage sees these means; ``share`` scales the result
+    back, as Lightning scales a last group that is not full. Weights multiply rows only where a
+    method needs the rows themselves.
 
     Args:
         gradients: where the direction and the head gradients are written.
-        jacobian: sums of task gradients, shape ``(T, P)``; rows of absent tasks are zero. May be overwritten.
+        jacobian: sums of task gradients, shape ``(T, P)``; rows of absent tasks are zero. May be
+            overwritten.
         losses: mean losses of the present tasks, in their order.
         counts: what each row has to be divided by, 0 for an absent task; length T.
         tasks: names of all T tasks.
@@ -70,7 +72,11 @@ def aggregate(
                 weights = gradient_balancer.weights(gramian * torch.outer(omega, omega), losses)
                 combined = scale * weights.to(scale)
                 head_weights = combined if gradient_balancer.weight_heads else scale
-            whole = combined if rows is None else combined.new_zeros(len(tasks)).index_copy(0, index, combined)
+            whole = (
+                combined
+                if rows is None
+                else combined.new_zeros(len(tasks)).index_copy(0, index, combined)
+            )
             direction = gradients.combine(whole)
             alignment = (jacobian @ direction)[index] * means if observed else None
     if share != 1.0:

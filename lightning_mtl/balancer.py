@@ -1,10 +1,10 @@
-"""The two stages of balancing as Lightning callbacks: loss weights, then one direction from the task gradients."""
+"""The two stages of balancing as Lightning callbacks: loss weights, then one direction."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -18,12 +18,15 @@ _PLAIN = (bool, int, float, str, type(None))
 class Balancer(Callback):
     """What loss balancers and gradient balancers share: declared state and its checkpoint.
 
-    A balancer is an ordinary callback: the Trainer saves and restores its state under its class name. It never steps,
-    reduces over ranks or touches a parameter; :class:`~lightning_mtl.MultiTaskModule` calls it once an optimiser step.
+    A balancer is an ordinary callback: the Trainer saves and restores its state under its class
+    name. It never steps, reduces over ranks or touches a parameter;
+    :class:`~lightning_mtl.MultiTaskModule` calls it once an optimiser step.
 
     Attributes:
-        tasks: names of the tasks of the current call, in the order of its rows; empty when used by hand.
-        requires_positive_losses: a loss at or below zero is then a bad loss (the method takes its logarithm).
+        tasks: names of the tasks of the current call, in the order of its rows; empty when used by
+            hand.
+        requires_positive_losses: a loss at or below zero is then a bad loss (the method takes its
+            logarithm).
     """
 
     requires_positive_losses: bool = False
@@ -40,10 +43,12 @@ class Balancer(Callback):
 
         Args:
             name: the attribute that holds it.
-            default: its first value, a tensor, a number or a plain container. With ``per_task`` a number: what the
-                entries of a task hold before the task has been seen; the attribute stays ``None`` until
-                :meth:`per_task_state` creates it.
-            per_task: the first dimension is the task. Entries of a task that is absent from a step stay as they are.
+            default: its first value, a tensor, a number or a plain container. With ``per_task`` a
+                number: what the entries of a task hold before the task has been seen; the
+                    attribute stays ``None``
+                until :meth:`per_task_state` creates it.
+            per_task: the first dimension is the task. Entries of a task that is absent from a step
+                stay as they are.
         """
         self._defaults[name] = default
         if per_task:
@@ -51,7 +56,9 @@ class Balancer(Callback):
         setattr(self, name, None if per_task else _copy(default))
 
     def per_task_state(self, name: str, like: Tensor, shape: Sequence[int] = ()) -> Tensor:
-        """The per-task state ``name`` of shape ``(len(like), *shape)``; created on first use, updated in place.
+        """The per-task state ``name``, shape ``(len(like), *shape)``, created on first use.
+
+        Update it in place.
 
         Args:
             name: a name given to :meth:`add_state` with ``per_task=True``.
@@ -66,15 +73,20 @@ class Balancer(Callback):
         if state is None:
             state = like.new_full(expected, self._defaults[name])
         elif tuple(state.shape) != expected:
-            raise ValueError(
-                f"{type(self).__name__} expected its state `{name}` in shape {expected} but found "
-                f"{tuple(state.shape)}: it belongs to a run with other tasks or other shared parameters. "
-                f"Resume with the same model, or call `reset()` on the balancer to start its state afresh."
-            )
+            raise self._other_run(name, expected, state)
         else:
             state = state.to(device=like.device, dtype=like.dtype)
         setattr(self, name, state)
         return state
+
+    def _other_run(self, name: str, expected: tuple[int, ...], state: Tensor) -> ValueError:
+        return ValueError(
+            f"{type(self).__name__} expected its state `{name}` in shape {expected} but found "
+            f"{tuple(state.shape)}: it belongs to a run with other tasks or other shared "
+            f"parameters. "
+            f"Resume with the same model, or call `reset()` on the balancer to start its state "
+            f"afresh."
+        )
 
     def reset(self) -> None:
         """Put every state, nested balancers included, back to its default."""
@@ -87,36 +99,46 @@ class Balancer(Callback):
         """Balancers this one wraps, by attribute name; their state travels with this one's."""
         return {k: v for k, v in vars(self).items() if isinstance(v, Balancer)}
 
-    @contextmanager
-    def only(self, tasks: Sequence[str], present: Sequence[int] | None = None) -> Iterator[None]:
-        """Narrow per-task state to the rows ``present`` out of ``tasks`` for one call, and write them back after it.
+    def only(
+        self, tasks: Sequence[str], present: Sequence[int] | None = None
+    ) -> AbstractContextManager[None]:
+        """Narrow per-task state to the rows ``present`` for one call, and write them back after it.
 
         Args:
             tasks: every active task of the run.
-            present: indices of the tasks of this step, ascending; ``None`` when all of them are there.
+            present: indices of the tasks of this step, ascending; ``None`` when all are there.
         """
-        with ExitStack() as stack:
-            for nested in self.nested().values():
-                stack.enter_context(nested.only(tasks, present))
-            if present is None:
-                self.tasks = tuple(tasks)
+        if present is not None:
+            return self._narrowed(tasks, present)
+        self.tasks = tuple(tasks)
+        for nested in self.nested().values():
+            nested.only(tasks)
+        return nullcontext()
+
+    @contextmanager
+    def _narrowed(self, tasks: Sequence[str], present: Sequence[int]) -> Iterator[None]:
+        self.tasks = tuple(tasks[i] for i in present)
+        index = list(present)
+        whole = {name: getattr(self, name) for name in self._per_task}
+        for name, state in whole.items():
+            if state is not None and len(state) != len(tasks):
+                raise self._other_run(name, (len(tasks), *state.shape[1:]), state)
+        for name, state in whole.items():
+            setattr(self, name, None if state is None else state[index])
+        try:
+            with ExitStack() as stack:
+                for nested in self.nested().values():
+                    stack.enter_context(nested.only(tasks, present))
                 yield
-                return
-            self.tasks = tuple(tasks[i] for i in present)
-            whole = {name: getattr(self, name) for name in self._per_task}
+        finally:
             for name, state in whole.items():
-                setattr(self, name, None if state is None else state[list(present)])
-            try:
-                yield
-            finally:
-                for name, state in whole.items():
-                    rows = getattr(self, name)
-                    if rows is not None:
-                        if state is None:
-                            state = rows.new_full((len(tasks), *rows.shape[1:]), self._defaults[name])
-                        state = state.to(rows)
-                        state[list(present)] = rows
-                    setattr(self, name, state)
+                rows = getattr(self, name)
+                if rows is not None:
+                    if state is None:
+                        state = rows.new_full((len(tasks), *rows.shape[1:]), self._defaults[name])
+                    state = state.to(rows)
+                    state[index] = rows
+                setattr(self, name, state)
 
     # ----------------------------------------------------------- checkpoint
 
@@ -132,7 +154,7 @@ class Balancer(Callback):
         return {n: getattr(self, n) for n in names if isinstance(getattr(self, n, ...), _PLAIN)}
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain containers only, so that checkpoints load with ``weights_only=True``."""
+        """Tensors and plain containers only: checkpoints load with ``weights_only=True``."""
         return {
             "hyperparameters": self.hyperparameters(),
             "state": {name: _copy(getattr(self, name)) for name in self._defaults},
@@ -140,19 +162,22 @@ class Balancer(Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what :meth:`state_dict` saved; a changed hyperparameter is reported and the new value kept."""
+        """Restore what was saved; a changed hyperparameter is reported, its new value kept."""
         for name, now in self.hyperparameters().items():
             before = state_dict["hyperparameters"].get(name, now)
             if before != now:
                 rank_zero_warn(
-                    f"{type(self).__name__} was saved with `{name}={before}` and continues with `{name}={now}`; "
+                    f"{type(self).__name__} was saved with `{name}={before}` and continues with "
+                    f"`{name}={now}`; "
                     f"its state is kept. Pass `{name}={before}` to continue the saved run."
                 )
         unknown = set(state_dict["state"]) ^ set(self._defaults)
         if unknown:
             raise ValueError(
-                f"{type(self).__name__} expected the states {sorted(self._defaults)} but the checkpoint holds "
-                f"{sorted(state_dict['state'])}. It was written by another version: resume with that one."
+                f"{type(self).__name__} expected the states {sorted(self._defaults)} but the "
+                f"checkpoint holds "
+                f"{sorted(state_dict['state'])}. It was written by another version: resume with "
+                f"that one."
             )
         for name, value in state_dict["state"].items():
             setattr(self, name, _copy(value))
@@ -163,12 +188,12 @@ class Balancer(Callback):
 class LossBalancer(Balancer):
     r"""First stage: a weight for every task loss, :math:`\omega = f(\ell)`.
 
-    Rows of the Jacobian and head gradients are multiplied by :math:`\omega`. A method is one class with
-    :meth:`loss_weights`.
+    Rows of the Jacobian and head gradients are multiplied by :math:`\omega`. A method is one class
+    with :meth:`loss_weights`.
 
     Attributes:
-        needs_current_losses: ``False`` when the weights do not depend on this step's losses; such a balancer always
-            trains with one backward pass.
+        needs_current_losses: ``False`` when the weights do not depend on this step's losses; such
+            a balancer always trains with one backward pass.
     """
 
     needs_current_losses: bool = True
@@ -185,12 +210,13 @@ class LossBalancer(Balancer):
 class GradientBalancer(Balancer):
     r"""Second stage: one direction from the task gradients.
 
-    A method defines :meth:`weights` when its direction is :math:`J^\top w` with :math:`w = f(J J^\top, \ell)`, and
-    :meth:`direction` otherwise.
+    A method defines :meth:`weights` when its direction is :math:`J^\top w` with :math:`w = f(J
+    J^\top, \ell)`, and :meth:`direction` otherwise.
 
     Attributes:
         weight_heads: multiply the gradients of task ``t``'s own parameters by :math:`w_t` too.
-        needs_jacobian: ``False`` when the task gradients are not needed apart, so that one backward pass is enough.
+        needs_jacobian: ``False`` when the task gradients are not needed apart, so that one
+            backward pass is enough.
     """
 
     weight_heads: bool = False
@@ -198,7 +224,7 @@ class GradientBalancer(Balancer):
 
     @property
     def gramian_weighted(self) -> bool:
-        """Whether the direction is a combination of task gradients with weights from their Gramian."""
+        r"""Whether the direction is :math:`J^\top w` with weights from the Gramian."""
         return type(self).direction is GradientBalancer.direction
 
     def weights(self, gramian: Tensor, losses: Tensor) -> Tensor:
@@ -209,7 +235,8 @@ class GradientBalancer(Balancer):
             losses: task losses, shape ``(T,)``, detached.
         """
         raise NotImplementedError(
-            f"{type(self).__name__} must define `weights(gramian, losses)` or `direction(jacobian, losses)`."
+            f"{type(self).__name__} must define `weights(gramian, losses)` or "
+            f"`direction(jacobian, losses)`."
         )
 
     def direction(self, jacobian: Tensor, losses: Tensor) -> Tensor:
@@ -219,7 +246,9 @@ class GradientBalancer(Balancer):
             jacobian: task gradients :math:`J`, shape ``(T, P)``, one row a task.
             losses: task losses, shape ``(T,)``, detached.
         """
-        return self.weights(jacobian @ jacobian.T, losses) @ jacobian
+        wide = jacobian if jacobian.dtype.itemsize >= 4 else jacobian.float()
+        weights = self.weights(wide @ wide.T, losses).to(wide)
+        return (weights @ wide).to(jacobian.dtype)
 
 
 def _copy(value: Any) -> Any:

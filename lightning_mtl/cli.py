@@ -20,9 +20,22 @@ _DESCRIPTION = (
 )
 
 if TYPE_CHECKING or _CLI_EXTRA:
-    from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+    from lightning.pytorch import LightningModule, Trainer
+    from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 else:
-    LightningCLI = object
+    LightningCLI = SaveConfigCallback = object
+
+
+class _SaveConfig(SaveConfigCallback):
+    """Saves the config into the logger's folder, where no other run has been.
+
+    Without a logger Lightning's own would write ``config.yaml`` into the current directory and
+    stop when there is one, which is what users call theirs.
+    """
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if trainer.loggers:
+            super().setup(trainer, pl_module, stage)
 
 
 class MultiTaskCLI(LightningCLI):
@@ -33,7 +46,11 @@ class MultiTaskCLI(LightningCLI):
             lightning_mtl.MultiTaskModule,
             subclass_mode_model=True,
             args=list(args),
-            **{"parser_kwargs": {"description": _DESCRIPTION}, **kwargs},
+            **{
+                "parser_kwargs": {"description": _DESCRIPTION},
+                "save_config_callback": _SaveConfig,
+                **kwargs,
+            },
         )
 
     def setup_parser(

@@ -1,4 +1,4 @@
-"""Validation and test of a MultiTaskModule: losses and metrics by task, and Δp against single-task baselines."""
+"""Validation and test of a MultiTaskModule: losses and metrics by task, and Δp."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from lightning_mtl.losses import known_tasks
-from lightning_mtl.metrics.delta_p import delta_p, load_baseline
+from lightning_mtl.metrics.delta_p import _check_names, delta_p, load_baseline
+from lightning_mtl.task import STAGES
 
 if TYPE_CHECKING:
     from lightning_mtl.module import MultiTaskModule
@@ -33,10 +34,10 @@ class Evaluation:
 
     @staticmethod
     def reset(module: MultiTaskModule) -> None:
-        """Reset all metrics: those of ``validate`` hold inference tensors that ``fit`` cannot use."""
+        """Reset all metrics: ``validate`` leaves inference tensors, which ``fit`` refuses."""
         for task in module.tasks.values():
-            for metrics in task.metrics.values():
-                metrics.reset()
+            for stage in STAGES:
+                task.stage(stage).reset()
 
     def losses(self, module: MultiTaskModule, batch: Any) -> dict[str, Any]:
         """Losses of the declared tasks in a batch ``(inputs, {task: target})``."""
@@ -85,7 +86,7 @@ class Evaluation:
             target = targets[task.target or name]
             value, size = loss if isinstance(loss, tuple) else (loss, _length(target))
             module.log(f"{stage}/loss/{name}", value, batch_size=int(size), on_epoch=True)
-            for key, metric in task.metrics[stage].items():
+            for key, metric in task.stage(stage).items():
                 metric.update(predictions[name].detach(), target)
                 module.log(f"{stage}/{name}/{key}", metric, batch_size=int(size), on_epoch=True)
 
@@ -94,12 +95,41 @@ class Evaluation:
         if self.delta_p_metrics is not None:
             if module.task_names:
                 known_tasks(list(self.delta_p_metrics), module.task_names, "`delta_p_metrics`")
-            return {task: dict(names) for task, names in self.delta_p_metrics.items()}
+            active = module.training_tasks or self.delta_p_metrics
+            return {t: dict(names) for t, names in self.delta_p_metrics.items() if t in active}
         return {
-            name: {f"val/{name}/{key}": up for key, up in task.directions().items()}
+            name: {f"val/{name}/{key}": up for key, up in task.directions(name).items()}
             for name, task in module.tasks.items()
             if name in module.training_tasks
         }
+
+    def check_baseline(self, module: MultiTaskModule) -> None:
+        """Refuse a baseline of other tasks or metrics before anything runs."""
+        if self.baseline is None:
+            return
+        directions = self.directions(module)
+        if not directions:
+            raise ValueError(
+                f"Expected `delta_p_metrics` beside `baseline` but found none: "
+                f"{type(module).__name__} "
+                f"computes its own losses, so Δp has no metrics. Give "
+                f"{{task: {{logged name: higher is "
+                f"better}}}}, or leave out `baseline`."
+            )
+        baseline = self._compared(module, directions)
+        _check_names("task", directions, baseline)
+        for task, names in directions.items():
+            found = {metric_key(task, name): up for name, up in names.items()}
+            _check_names(f"metric of task '{task}'", found, baseline[task])
+
+    def _compared(
+        self, module: MultiTaskModule, directions: Mapping[str, Any]
+    ) -> dict[str, dict[str, float]]:
+        """The baseline without the tasks that `active_tasks` leaves out."""
+        assert self.baseline is not None
+        declared = {*module.task_names, *(self.delta_p_metrics or ())}
+        left_out = declared.difference(module.training_tasks or declared)
+        return {t: m for t, m in self.baseline.items() if t in directions or t not in left_out}
 
     def log_delta_p(self, module: MultiTaskModule, stage: str) -> None:
         """Log ``<stage>/delta_p`` and ``<stage>/delta_p/<task>`` in percent."""
@@ -108,28 +138,32 @@ class Evaluation:
         values: dict[str, dict[str, Any]] = {}
         ways: dict[str, dict[str, bool]] = {}
         logged = module.trainer.callback_metrics
-        for task, names in self.directions(module).items():
+        directions = self.directions(module)
+        for task, names in directions.items():
             for name, up in names.items():
                 short = metric_key(task, name)
                 values.setdefault(task, {})[short] = self._value(module, task, name, stage, logged)
                 ways.setdefault(task, {})[short] = up
-        # With `active_tasks` only those are compared; any other difference is an error.
-        known = {task: m for task, m in self.baseline.items() if task in values}
-        baseline = known if set(known) == set(values) else self.baseline
-        for key, value in delta_p(values, baseline, ways).items():
-            module.log(f"{stage}/{key}", value)
+        baseline = self._compared(module, directions)
+        by_task = delta_p(values, baseline, ways)
+        module.log(f"{stage}/delta_p", sum(by_task.values()) / len(by_task))
+        for task, value in by_task.items():
+            module.log(f"{stage}/delta_p/{task}", value)
 
     @staticmethod
     def _value(
         module: MultiTaskModule, task: str, name: str, stage: str, logged: Mapping[str, Tensor]
     ) -> Tensor:
         if module.tasks:
-            return module.tasks[task].metrics[stage][metric_key(task, name)].compute()
+            value: Tensor = module.tasks[task].stage(stage)[metric_key(task, name)].compute()
+            return value
         name = name if stage == "val" else name.replace("val", stage, 1)
         if name not in logged:
             raise ValueError(
-                f"Expected the metric '{name}' of task '{task}' (from `delta_p_metrics`) among the logged "
-                f"ones but found {sorted(logged)}. Log it with `self.log('{name}', ...)` before the epoch "
+                f"Expected the metric '{name}' of task '{task}' (from `delta_p_metrics`) among "
+                f"the logged "
+                f"ones but found {sorted(logged)}. Log it with `self.log('{name}', ...)` before "
+                f"the epoch "
                 f"ends, and call `super().on_validation_epoch_end()` last."
             )
         return logged[name]
@@ -151,7 +185,8 @@ def _split(module: MultiTaskModule, batch: Any) -> tuple[Any, Mapping[str, Any]]
         )
     if not (isinstance(batch, (tuple, list)) and len(batch) == 2 and isinstance(batch[1], Mapping)):
         raise TypeError(
-            f"Expected a batch (inputs, {{task: target}}) but got {type(batch).__name__}. Change the "
+            f"Expected a batch (inputs, {{task: target}}) but got {type(batch).__name__}. Change "
+            f"the "
             f"dataset, or override `task_losses(self, batch, batch_idx)`."
         )
     return batch[0], batch[1]

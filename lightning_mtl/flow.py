@@ -61,11 +61,12 @@ class Flow:
     def __init__(self, module: MultiTaskModule, trainer: Trainer) -> None:
         self.module = module
         self.trainer = trainer
-        loss, gradient = attached_balancers(trainer.callbacks)
+        callbacks = trainer.callbacks  # type: ignore[attr-defined] # set by a connector
+        loss, gradient = attached_balancers(callbacks)
         self.balancers = [b for b in dict.fromkeys((loss, gradient)) if b is not None]
         self.loss_balancer = loss or EqualWeighting()
         self.gradient_balancer = gradient if gradient and gradient.needs_jacobian else None
-        self.observers = [c for c in trainer.callbacks if hasattr(c, "wants_jacobian")]
+        self.observers = [c for c in callbacks if hasattr(c, "wants_jacobian")]
         self._gradients: TaskGradients | None = None
         self._saved_shared: list[str] | None = None
         self._group: _Group | None = None
@@ -82,9 +83,9 @@ class Flow:
         with self._discovery():
             losses = self._read_losses(batch, batch_idx)
         # The forward pass ran under autocast; from here on the arithmetic is exact.
-        with torch.autocast(self.module.device.type, enabled=False):
+        with _without_autocast(self.module.device.type):
             if self.trainer.fit_loop._skip_backward:  # weight averaging refreshes BatchNorm
-                total = losses.total()
+                total: Tensor | None = losses.total()
             else:
                 total = self._train(losses, batch_idx)
         self.module.automatic_optimization = True  # trainer_flags.py says why
@@ -96,7 +97,8 @@ class Flow:
             self._gradients is not None and self._gradients.known
         )
         if unknown and "torch._dynamo" in sys.modules:
-            return torch.compiler.set_stance("force_eager")
+            stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+            return stance
         return nullcontext()
 
     def _read_losses(self, batch: Any, batch_idx: int) -> TaskLosses:
@@ -141,7 +143,8 @@ class Flow:
     def _begin_group(self, losses: TaskLosses, *, single: bool) -> _Group:
         """Decide for one optimiser step whether one summed backward pass is enough."""
         num_tasks = len(self.module.training_tasks)
-        observed = any([o.wants_jacobian(self.trainer, self.module) for o in self.observers])
+        asked = [o.wants_jacobian(self.trainer, self.module) for o in self.observers]
+        observed = any(asked)  # every observer is asked, none is skipped
         rows = observed or self.gradient_balancer is not None
         if not single:
             self._uneven |= losses.uneven(num_tasks)
@@ -192,22 +195,25 @@ class Flow:
                 "step takes it for a zero loss, as Lightning would; from the next one on, means "
                 "are taken over the labels that are there, with one backward pass a task."
             )
-        total = torch.zeros((), device=self.module.device)
-        if losses.tasks:
+        if not losses.tasks:
+            total = losses.total()
+        else:
             values = losses.stacked()
+            detached = values.detach()
             weights = group.loss_weights
             if weights is None:
                 with self.loss_balancer.only(*self._rows(losses.tasks)):
-                    weights = self.loss_balancer.loss_weights(values.detach()).to(values)
+                    weights = self.loss_balancer.loss_weights(detached).to(values)
                 group.loss_weights = weights
             elif len(weights) != len(values):
                 weights = weights[losses.tasks]
-            total = (values * weights).sum() if every == 1 else (values * weights).sum() / every
+            total = values @ weights if every == 1 else values @ weights / every
             self.module.manual_backward(total)
         if stepping:
             assert group.loss_weights is not None
             names = tuple(self.module.training_tasks[t] for t in group.present())
-            self.module.last_step = StepRecord(names, group.mean_losses(), group.loss_weights)
+            means = detached if group.received == 1 else group.mean_losses()
+            self.module.last_step = StepRecord(names, means, group.loss_weights)
         return total
 
     def _balance(self, group: _Group) -> None:
@@ -341,10 +347,17 @@ class Flow:
         self._uneven = state["uneven"]
 
 
+def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
+
+
 def sync_progress(trainer: Trainer) -> None:
     """Make both of Lightning's step counts agree, whatever mode ``global_step`` is read in.
 
-    Several optimizers count as one step, and a checkpoint of automatic optimisation resumes at its step.
+    Several optimizers count as one step, and a checkpoint of automatic optimisation resumes at its
+    step.
     """
     loop = trainer.fit_loop.epoch_loop
     steps = loop.automatic_optimization.optim_progress.optimizer_steps

@@ -1,4 +1,4 @@
-"""Task gradients of one optimiser step: the Jacobian of the shared parameters and the gradients of the heads."""
+"""Task gradients of one optimiser step: a row a task, and the gradients of the heads."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ Named = dict[str, nn.Parameter]
 class TaskGradients:
     """Collects one gradient a task, adds up micro-batches, and writes the balanced direction back.
 
-    Shared parameters are those that two or more tasks reach (with one task: all that it reaches). They are found
-    from the graph of the first optimiser step, unless given, and stay fixed from then on. Their gradients live in one
-    preallocated matrix of shape ``(T, P)``, in float32 or the parameters' own dtype where that is wider.
+    Shared parameters are those that two or more tasks reach (with one task: all that it reaches).
+    They are found from the graph of the first optimiser step, unless given, and stay fixed from
+    then on. Their gradients live in one preallocated matrix of shape ``(T, P)``, in float32 or the
+    parameters' own dtype where that is wider.
 
     Args:
         parameters: every trainable parameter by name.
@@ -23,12 +24,14 @@ class TaskGradients:
         shared: names of the shared parameters; ``None`` to find them.
     """
 
-    def __init__(self, parameters: Named, num_tasks: int, shared: Sequence[str] | None = None) -> None:
+    def __init__(
+        self, parameters: Named, num_tasks: int, shared: Sequence[str] | None = None
+    ) -> None:
         self.num_tasks = num_tasks
         self.parameters = parameters
         self.rows: Tensor | None = None
         self._written = [False] * num_tasks
-        # While the shared parameters are unknown all gradients wait here: a dict {name: gradient} a task.
+        # {name: gradient} of each task; while the shared parameters are unknown, of all of them.
         self._heads: list[dict[str, Tensor]] = [{} for _ in range(num_tasks)]
         self.shared: list[str] | None = None
         self._order = list(parameters)
@@ -60,10 +63,9 @@ class TaskGradients:
 
     def _add_to_row(self, task: int, grads: Sequence[Tensor | None]) -> None:
         views = self._row_views[task]
-        if all(g is not None for g in grads):
-            present, into = list(grads), views
-        else:
-            present = [g for g in grads if g is not None]
+        present = [g for g in grads if g is not None]
+        into = views
+        if len(present) < len(views):
             into = [v for v, g in zip(views, grads, strict=True) if g is not None]
             if not self._written[task]:
                 self.rows[task].zero_()  # type: ignore[index]
@@ -97,8 +99,10 @@ class TaskGradients:
         devices = {p.device for p in chosen}
         if len(devices) > 1:
             raise ValueError(
-                f"Expected the shared parameters on one device but found them on {sorted(map(str, devices))}. "
-                f"Keep the shared trunk on one device, or return the part on one from `shared_parameters()`."
+                f"Expected the shared parameters on one device but found them on "
+                f"{sorted(map(str, devices))}. "
+                f"Keep the shared trunk on one device, or return the part on one from "
+                f"`shared_parameters()`."
             )
         self.shared = shared
         names = set(shared)
@@ -121,7 +125,8 @@ class TaskGradients:
     def write_shared(self, direction: Tensor) -> None:
         """Make ``direction``, shape ``(P,)``, the ``.grad`` of the shared parameters.
 
-        The gradients are views of one buffer with each parameter's own strides, as fused optimizers expect.
+        The gradients are views of one buffer with each parameter's own strides, as fused
+        optimizers expect.
         """
         self._direction.copy_(direction)
         for name, view in zip(self.shared or (), self._direction_views, strict=True):
@@ -129,12 +134,12 @@ class TaskGradients:
             parameter.grad = view if view.dtype == parameter.dtype else view.to(parameter.dtype)
 
     def combine(self, weights: Tensor) -> Tensor:
-        """The direction ``weights @ J``, shape ``(P,)``, in the buffer that :meth:`write_shared` uses."""
+        """The direction ``weights @ J``, shape ``(P,)``, in the buffer behind ``.grad``."""
         assert self.rows is not None
         return torch.mv(self.rows.T, weights, out=self._direction)
 
     def write_heads(self, weights: Tensor | None) -> None:
-        """Make the head gradients of each task, times its weight, the ``.grad`` of the other parameters.
+        """Make each task's head gradients, times its weight, the ``.grad`` of its own parameters.
 
         Args:
             weights: shape ``(T,)``; ``None`` for ones.
@@ -148,9 +153,16 @@ class TaskGradients:
                 grads = list(torch._foreach_mul(grads, weights[task].to(grads[0].dtype)))
             for name, grad in zip(heads, grads, strict=True):
                 parameter = self.parameters[name]
-                # A parameter outside `shared_parameters()` may still belong to several tasks: their sum.
-                parameter.grad = parameter.grad + grad if name in assigned else grad
+                # A parameter outside the rows may still belong to several tasks: their sum.
+                before = parameter.grad if name in assigned else None
+                parameter.grad = grad if before is None else before + grad
                 assigned.add(name)
+
+    def head_sizes(self) -> list[float]:
+        """A number for each task that is not finite where a gradient outside its row is not."""
+        grads = [grad for heads in self._heads for grad in heads.values()]
+        norms = iter(torch.stack(torch._foreach_norm(grads)).tolist() if grads else ())
+        return [sum(next(norms) for _ in heads) for heads in self._heads]
 
     def head_names(self) -> set[str]:
         """Names of the parameters outside the rows that this step reached."""
@@ -158,7 +170,7 @@ class TaskGradients:
 
 
 def _views(flat: Tensor, parameters: Iterable[nn.Parameter]) -> list[Tensor]:
-    """Views of ``flat`` in each parameter's shape and strides (``view`` would lose channels_last)."""
+    """Views of ``flat`` in each parameter's strides (``view`` would lose channels_last)."""
     views, offset = [], flat.storage_offset()
     for p in parameters:
         span = 1 + sum((n - 1) * s for n, s in zip(p.shape, p.stride(), strict=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -17,26 +18,54 @@ def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def shared_names(
-    module: MultiTaskModule, parameters: dict[str, nn.Parameter], saved: list[str] | None
+    module: MultiTaskModule,
+    parameters: dict[str, nn.Parameter],
+    saved: list[str] | None,
+    saved_trainable: list[str] | None = None,
 ) -> list[str] | None:
     """Names of the shared parameters where they are known before the first step, else ``None``.
+
+    Args:
+        module: whose tasks are trained.
+        parameters: its trainable parameters by name.
+        saved: names of the shared parameters in a checkpoint.
+        saved_trainable: names of the parameters that were trainable then.
 
     Raises:
         ValueError: ``shared_parameters()`` returns what is no trainable parameter of the module;
             a checkpoint's shared parameters are not this module's.
     """
+    given = module.shared_parameters()
+    chosen = None if given is None else _names(module, parameters, given)
     if saved is not None:
-        missing = [name for name in saved if name not in parameters]
-        if missing:
+        other = sorted(set(saved_trainable or saved) - set(parameters))
+        if saved_trainable is not None:
+            other += sorted(set(parameters) - set(saved_trainable))
+        if other:
             raise ValueError(
-                f"Expected the shared parameters of the checkpoint but found no trainable {missing} "
-                f"in {type(module).__name__}. Resume with the model and the frozen parameters of "
-                f"the saved run."
+                f"Expected the trainable parameters of the checkpoint in {type(module).__name__} "
+                f"but "
+                f"{other[:4]} {'are' if len(other) > 1 else 'is'} missing, frozen or unfrozen now. "
+                f"Resume with the model and the frozen parameters of the saved run, or start from "
+                f"its weights with `load_from_checkpoint` and `fit` without `ckpt_path`."
+            )
+        if chosen is not None and set(chosen) != set(saved):
+            changed = sorted(set(chosen) ^ set(saved))
+            raise ValueError(
+                f"Expected the {len(saved)} shared parameters of the checkpoint but "
+                f"`shared_parameters()` returns {len(chosen)}; they differ in {changed[:4]}. "
+                f"Resume "
+                f"with those of the saved run, or start from its weights with "
+                f"`load_from_checkpoint` "
+                f"and `fit` without `ckpt_path`."
             )
         return saved
-    given = module.shared_parameters()
-    if given is None:
-        return None
+    return chosen
+
+
+def _names(
+    module: MultiTaskModule, parameters: dict[str, nn.Parameter], given: Iterable[nn.Parameter]
+) -> list[str]:
     by_id = {id(p): name for name, p in parameters.items()}
     chosen = list(dict.fromkeys(id(p) for p in given))
     foreign = [i for i in chosen if i not in by_id]

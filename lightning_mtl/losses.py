@@ -12,8 +12,14 @@ from torch import Tensor
 OnBadLoss = Literal["raise", "skip_task", "skip_step"]
 
 
+_LOOK = (
+    "Look for a square root or a division at zero in that loss, or lower the learning rate; "
+    "`on_bad_loss='skip_task'` or 'skip_step' goes on without it."
+)
+
+
 class BadLossError(ValueError):
-    """A task's loss, or the gradient of one, cannot be used: not finite, or not positive under a logarithm."""
+    """A task's loss or its gradient is not finite, or not positive under a logarithm."""
 
 
 @dataclass
@@ -64,7 +70,9 @@ def check_task_names(names: Sequence[str]) -> tuple[str, ...]:
         raise ValueError("Expected at least one task but got none. Pass `tasks={name: Task(...)}`.")
     twice = sorted({n for n in names if names.count(n) > 1})
     if twice:
-        raise ValueError(f"Expected each task once but found {twice} more than once in {list(names)}.")
+        raise ValueError(
+            f"Expected each task once but found {twice} more than once in {list(names)}."
+        )
     bad = [n for n in names if not n or "." in n or "/" in n]
     if bad:
         raise ValueError(f"Expected task names without '.' and '/', and not empty, but got {bad}.")
@@ -76,7 +84,8 @@ def known_tasks(given: Sequence[str], declared: Sequence[str], argument: str) ->
     unknown = [n for n in given if n not in declared]
     if unknown:
         raise ValueError(
-            f"{argument} names the unknown task{'s' * (len(unknown) > 1)} {unknown}; the module declares "
+            f"{argument} names the unknown task{'s' * (len(unknown) > 1)} {unknown}; the module "
+            f"declares "
             f"{list(declared)}. Correct the name, or declare the task in `tasks`."
         )
 
@@ -93,7 +102,8 @@ def read_losses(
     """Validate what ``task_losses`` returned.
 
     Args:
-        losses: ``{task: loss}``, ``{task: (mean, n_valid)}``; a missing key or ``None`` is an absent task.
+        losses: ``{task: loss}``, ``{task: (mean, n_valid)}``; a missing key or ``None`` is an
+            absent task.
         declared: names of all tasks.
         active: names of the tasks that train.
         positive_for: name of the balancer that needs positive losses, if there is one.
@@ -107,8 +117,9 @@ def read_losses(
     """
     if not isinstance(losses, Mapping):
         raise TypeError(
-            f"Expected `task_losses` to return a dict {{task: loss}} but got {type(losses).__name__}. "
-            f"Return one scalar loss for each of {list(declared)}."
+            f"Expected `task_losses` to return a dict {{task: loss}} but got "
+            f"{type(losses).__name__}. "
+            f"Return one scalar loss for each of {list(declared) or 'your tasks'}."
         )
     known_tasks(list(losses), declared, "The dict that `task_losses` returned")
     read = TaskLosses([], [], [])
@@ -120,18 +131,22 @@ def read_losses(
             continue
         if not isinstance(value, Tensor):
             raise TypeError(
-                f"Expected the loss of task '{task}' to be a tensor but got {type(value).__name__}. "
+                f"Expected the loss of task '{task}' to be a tensor but got "
+                f"{type(value).__name__}. "
                 f"Return the loss itself, not `.item()`; for a task without labels return None."
             )
         if value.numel() != 1:
             raise ValueError(
-                f"Expected the loss of task '{task}' to be a scalar but got shape {tuple(value.shape)}. "
+                f"Expected the loss of task '{task}' to be a scalar but got shape "
+                f"{tuple(value.shape)}. "
                 f"Reduce it, for example with `.mean()`."
             )
         if not value.requires_grad:
             raise ValueError(
-                f"Expected the loss of task '{task}' to have a graph but it does not depend on any trainable "
-                f"parameter. Return None for a task without labels, leave it out with `active_tasks`, and look "
+                f"Expected the loss of task '{task}' to have a graph but it does not depend on "
+                f"any trainable "
+                f"parameter. Return None for a task without labels, leave it out with "
+                f"`active_tasks`, and look "
                 f"for `.detach()`, `torch.no_grad()` or a fully frozen model."
             )
         read.tasks.append(index)
@@ -148,18 +163,20 @@ def _drop_bad(
     on_bad_loss: OnBadLoss,
     step: int,
 ) -> None:
-    values = torch.stack([v.detach().double() for v in read.values]).tolist() if read.values else []
+    values = _to_host(read.values)
     bad = [not _usable(v, positive_for is not None) for v in values]
     if not any(bad):
         return
     if on_bad_loss == "raise":
         found = {active[t]: v for t, v, b in zip(read.tasks, values, bad, strict=True) if b}
-        expected = f"finite and positive (for {positive_for})" if positive_for else "finite"
+        expected, other = "finite", ""
+        if positive_for:
+            expected = f"finite and positive (for {positive_for})"
+            other = ", and a balancer that takes no logarithm accepts zero and negative ones"
         raise BadLossError(
-            f"Expected {expected} losses at optimiser step {step} but found {found}. No parameter was changed. "
-            f"Look at this batch's targets and the learning rate; `on_bad_loss='skip_task'` or 'skip_step' "
-            f"goes on without such a loss"
-            + (f", and a balancer that takes no logarithm accepts zero or negative ones." if positive_for else ".")
+            f"Expected {expected} losses at optimiser step {step} but found {found}. No parameter "
+            f"was changed. Look at this batch's targets and the learning rate; "
+            f"`on_bad_loss='skip_task'` or 'skip_step' goes on without such a loss{other}."
         )
     read.dropped = True
     if on_bad_loss == "skip_step":
@@ -169,6 +186,13 @@ def _drop_bad(
     read.tasks = [read.tasks[i] for i in keep]
     read.values = [read.values[i] for i in keep]
     read.counts = [read.counts[i] for i in keep]
+
+
+def _to_host(values: list[Tensor]) -> list[float]:
+    """The losses as numbers, in one transfer."""
+    if all(v.device.type == "cpu" for v in values):
+        return [v.item() for v in values]
+    return list(torch.stack([v.detach().double() for v in values]).tolist())
 
 
 def _usable(value: float, positive: bool) -> bool:
@@ -199,9 +223,24 @@ def bad_gradients(
     bad = [t for t, size in enumerate(sizes) if counts[t] and not _usable(size, False)]
     if bad and on_bad_loss == "raise":
         raise BadLossError(
-            f"Expected finite gradients at optimiser step {step} but the shared gradient of "
-            f"{[tasks[t] for t in bad]} is not, though the loss is. No parameter was changed. Look "
-            f"for a square root or a division at zero in that loss, or lower the learning rate; "
-            f"`on_bad_loss='skip_task'` or 'skip_step' goes on without it."
+            f"Expected finite gradients at optimiser step {step} but the gradient of "
+            f"{[tasks[t] for t in bad]} is not, though the loss is. No parameter was changed. "
+            f"{_LOOK}"
         )
     return bad
+
+
+def bad_sum(tasks: Sequence[str], *, on_bad_loss: OnBadLoss, step: int) -> None:
+    """Refuse the gradient of a summed loss, in which the task at fault cannot be told.
+
+    Raises:
+        BadLossError: with ``on_bad_loss="raise"``.
+    """
+    if on_bad_loss == "raise":
+        raise BadLossError(
+            f"Expected finite gradients at optimiser step {step} but the gradient of the summed "
+            f"losses of {list(tasks)} is not, though each loss is. No parameter was changed. "
+            f"{_LOOK} "
+            f"With GradientMonitor(every_n_steps=1) among the callbacks this message names the "
+            f"task."
+        )

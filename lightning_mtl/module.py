@@ -19,6 +19,27 @@ from lightning_mtl.task import Task
 from lightning_mtl.trainer_flags import TrainerFlags
 
 
+def _with_flags(
+    configure_callbacks: Callable[[Any], Any],
+) -> Callable[[MultiTaskModule], list[Callback]]:
+    @functools.wraps(configure_callbacks)
+    def configured(self: MultiTaskModule) -> list[Callback]:
+        found = configure_callbacks(self)
+        callbacks = list(found) if isinstance(found, Sequence) else [found]
+        attached = [*callbacks, *self.trainer.callbacks]  # type: ignore[attr-defined]
+        if not any(isinstance(c, TrainerFlags) and c.module is self for c in attached):
+            callbacks.append(TrainerFlags(self))
+        # From here until `setup`, Lightning validates flags that suit automatic optimisation.
+        self.automatic_optimization = True
+        if type(self).validation_step is MultiTaskModule.validation_step:
+            warnings.filterwarnings(
+                "ignore", message="You defined a `validation_step` but have no `val_dataloader`"
+            )
+        return callbacks
+
+    return configured
+
+
 class MultiTaskModule(LightningModule):
     """A LightningModule whose task losses are balanced by the callbacks of its Trainer.
 
@@ -163,8 +184,9 @@ class MultiTaskModule(LightningModule):
         """Copies and pickles leave the Trainer behind, and with it the running fit."""
         return {**super().__getstate__(), "_flow": None}
 
+    @_with_flags
     def configure_callbacks(self) -> list[Callback]:
-        """What keeps Trainer flags working; attached as well when a subclass forgets ``super()``."""
+        """Callbacks of the module; what keeps Trainer flags working is attached in any case."""
         return []
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -172,27 +194,3 @@ class MultiTaskModule(LightningModule):
         super().__init_subclass__(**kwargs)
         if "configure_callbacks" in vars(cls):
             cls.configure_callbacks = _with_flags(cls.configure_callbacks)  # type: ignore[method-assign]
-
-
-def _with_flags(
-    configure_callbacks: Callable[[Any], Any],
-) -> Callable[[MultiTaskModule], list[Callback]]:
-    @functools.wraps(configure_callbacks)
-    def configured(self: MultiTaskModule) -> list[Callback]:
-        found = configure_callbacks(self)
-        callbacks = list(found) if isinstance(found, Sequence) else [found]
-        attached = [*callbacks, *self.trainer.callbacks]  # type: ignore[attr-defined]
-        if not any(isinstance(c, TrainerFlags) and c.module is self for c in attached):
-            callbacks.append(TrainerFlags(self))
-        # From here until `setup`, Lightning validates flags that suit automatic optimisation.
-        self.automatic_optimization = True
-        if type(self).validation_step is MultiTaskModule.validation_step:
-            warnings.filterwarnings(
-                "ignore", message="You defined a `validation_step` but have no `val_dataloader`"
-            )
-        return callbacks
-
-    return configured
-
-
-MultiTaskModule.configure_callbacks = _with_flags(MultiTaskModule.configure_callbacks)  # type: ignore[method-assign]

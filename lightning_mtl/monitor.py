@@ -18,8 +18,9 @@ from lightning_mtl.record import StepRecord
 def step_metrics(record: StepRecord) -> dict[str, float]:
     r"""What :class:`GradientMonitor` logs of one optimiser step.
 
-    With :math:`g_t` the gradient of task :math:`t` before any weighting and :math:`d` the direction:
-    ``grad_norm/<t>`` is :math:`\lVert g_t \rVert`; ``grad_cosine/<a>-<b>`` the cosine of two task
+    With :math:`g_t` the gradient of task :math:`t` before any weighting and :math:`d` the
+    direction: ``grad_norm/<t>`` is :math:`\lVert g_t \rVert`; ``grad_cosine/<a>-<b>`` the cosine
+        of two task
     gradients; ``conflict_rate`` the share of task pairs with a negative one;
     ``angle_to_direction/<t>`` the angle between :math:`g_t` and :math:`d` in degrees (over 90 the
     step raises that task's loss, to first order); ``loss_weight/<t>`` and ``gradient_weight/<t>``
@@ -88,7 +89,7 @@ class GradientMonitor(Callback):
         self._before: StepRecord | None = None
 
     def wants_jacobian(self, trainer: Trainer, pl_module: LightningModule) -> bool:
-        """Whether the coming optimiser step will be logged, so that task gradients are collected."""
+        """Whether the coming optimiser step will be logged, so that it needs task gradients."""
         return bool(trainer.loggers) and self._is_due(trainer.global_step + 1)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -98,7 +99,8 @@ class GradientMonitor(Callback):
         if not hasattr(pl_module, "last_step"):
             raise TypeError(
                 f"Expected GradientMonitor to watch a MultiTaskModule but found "
-                f"{type(pl_module).__name__}. Let it inherit from lightning_mtl.MultiTaskModule, or "
+                f"{type(pl_module).__name__}. Let it inherit from lightning_mtl.MultiTaskModule, "
+                f"or "
                 f"remove the callback."
             )
         if not trainer.loggers:

@@ -1,4 +1,4 @@
-"""Which balancers a Trainer's callbacks amount to: at most one for the losses, at most one for the gradients."""
+"""Which balancers a Trainer has: at most one for the losses, at most one for the gradients."""
 
 from __future__ import annotations
 
@@ -24,10 +24,15 @@ def attached_balancers(
     for stage, found in (("loss", loss), ("gradient", gradient)):
         if len(found) > 1:
             names = ", ".join(type(b).__name__ for b in found)
-            hybrid = [type(b).__name__ for b in found if b in loss and b in gradient]
+            hybrid = [
+                type(b).__name__
+                for b in found
+                if isinstance(b, LossBalancer) == isinstance(b, GradientBalancer)
+            ]
             reason = f" {hybrid[0]} balances losses and gradients by itself." if hybrid else ""
             raise MisconfigurationException(
-                f"Expected at most one {stage} balancer among the Trainer's callbacks but found {names}."
+                f"Expected at most one {stage} balancer among the Trainer's callbacks but found "
+                f"{names}."
                 f"{reason} Keep one of them."
             )
     return (loss[0] if loss else None), (gradient[0] if gradient else None)

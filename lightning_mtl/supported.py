@@ -15,17 +15,17 @@ if TYPE_CHECKING:
 
 _CURES = {
     LearningRateFinder: (
-        "it replaces the Trainer's callbacks while it searches, so the balancers would take no part. "
-        "Compare learning rates in short fits instead"
+        "it replaces the Trainer's callbacks while it searches, so the balancers would take no "
+        "part. Compare learning rates in short fits instead"
     ),
     BatchSizeFinder: (
-        "it replaces the Trainer's callbacks while it searches, so the balancers would take no part. "
-        "Try batch sizes in short fits instead"
+        "it replaces the Trainer's callbacks while it searches, so the balancers would take no "
+        "part. Try batch sizes in short fits instead"
     ),
     BackboneFinetuning: (
-        "the shared parameters are fixed at the first step and it unfreezes them later. Train the heads in a "
-        "first `fit` with the trunk frozen and no gradient balancer, then unfreeze and call `fit` with a new "
-        "Trainer and module"
+        "the shared parameters are fixed at the first step and it unfreezes them later. Train the "
+        "heads in a first `fit` with the trunk frozen and no gradient balancer, then unfreeze and "
+        "call `fit` with a new Trainer"
     ),
 }
 
@@ -37,15 +37,17 @@ def check_trainer(trainer: Trainer, module: MultiTaskModule) -> None:
     name = type(module).__name__
     if type(module).training_step is not MultiTaskModule.training_step:
         raise MisconfigurationException(
-            f"{name} overrides `training_step`, which is where MultiTaskModule balances. Rename it to "
-            f"`task_losses(self, batch, batch_idx)` and return a dict {{task: loss}} instead of their sum."
+            f"{name} overrides `training_step`, which is where MultiTaskModule balances. Rename "
+            f"it to `task_losses(self, batch, batch_idx)` and return a dict {{task: loss}} instead "
+            f"of their sum."
         )
-    for callback in trainer.callbacks:
+    for callback in trainer.callbacks:  # type: ignore[attr-defined] # set by a connector
         if not isinstance(callback, Callback):
             raise MisconfigurationException(
-                f"Expected callbacks of the `lightning` package but found {type(callback).__module__}."
-                f"{type(callback).__qualname__}. Import it from `lightning.pytorch` instead of "
-                f"`pytorch_lightning`: the two are different packages."
+                f"Expected callbacks of the `lightning` package but found "
+                f"{type(callback).__module__}.{type(callback).__qualname__}. Import "
+                f"it from `lightning.pytorch` instead of `pytorch_lightning`: the two are "
+                f"different packages."
             )
         for refused, cure in _CURES.items():
             if isinstance(callback, refused):
@@ -54,8 +56,8 @@ def check_trainer(trainer: Trainer, module: MultiTaskModule) -> None:
                 )
     if not isinstance(trainer.strategy, SingleDeviceStrategy):
         raise MisconfigurationException(
-            f"Expected a single device but found {type(trainer.strategy).__name__}: task gradients are not "
-            f"averaged over ranks yet. Use `Trainer(devices=1)`."
+            f"Expected a single device but found {type(trainer.strategy).__name__}: task "
+            f"gradients are not averaged over ranks yet. Use `Trainer(devices=1)`."
         )
     if getattr(trainer.precision_plugin, "scaler", None) is not None:
         raise MisconfigurationException(
@@ -69,6 +71,8 @@ def check_optimizers(trainer: Trainer, module: MultiTaskModule) -> None:
     for optimizer in trainer.optimizers:
         if isinstance(optimizer, torch.optim.LBFGS):
             raise MisconfigurationException(
-                f"LBFGS is not supported with {type(module).__name__}: it evaluates the losses several times "
-                f"a step, and balancing happens once. Use a first-order optimizer such as SGD or AdamW."
+                f"LBFGS is not supported with {type(module).__name__}: it evaluates the losses "
+                f"several times "
+                f"a step, and balancing happens once. Use a first-order optimizer such as SGD or "
+                f"AdamW."
             )

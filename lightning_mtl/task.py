@@ -18,11 +18,14 @@ class Task(nn.Module):
 
     Args:
         loss: ``loss(prediction, target)`` returns a scalar: the mean over the valid labels.
-        metrics: a torchmetrics metric, several of them, or a dict that names them. They are updated with
-            ``(prediction, target)`` in validation and test; their ``higher_is_better`` gives Δp its sign.
+        metrics: a torchmetrics metric, several of them, or a dict that names them. They are
+            updated with ``(prediction, target)`` in validation and test; their
+            ``higher_is_better`` gives Δp its sign.
         target: the key of this task's target in the batch; by default the task's own name.
-        count: ``count(target)`` returns the number of valid labels in a batch. Give it when labels are
-            missing: a batch with none leaves the task out, and means over micro-batches are then weighted
+        count: ``count(target)`` returns the number of valid labels in a batch. Give it when labels
+            are
+            missing: a batch with none leaves the task out, and means over micro-batches are then
+                weighted
             by valid labels.
 
     Example:
@@ -53,18 +56,28 @@ class Task(nn.Module):
         collection = _collection(metrics)
         self.metrics = nn.ModuleDict({stage: collection.clone() for stage in STAGES})
 
-    def directions(self) -> dict[str, bool]:
+    def stage(self, stage: str) -> MetricCollection:
+        """The metrics of ``"val"`` or ``"test"``."""
+        metrics = self.metrics[stage]
+        assert isinstance(metrics, MetricCollection)
+        return metrics
+
+    def directions(self, task: str | None = None) -> dict[str, bool]:
         """``{metric name: higher is better}``.
+
+        Args:
+            task: the name of this task, for the message.
 
         Raises:
             ValueError: a metric does not say which way is better.
         """
         found = {}
-        for name, metric in self.metrics["val"].items():
+        for name, metric in self.stage("val").items():
             if metric.higher_is_better is None:
+                whose = "" if task is None else f" of task '{task}'"
                 raise ValueError(
-                    f"Metric `{name}` does not say whether higher is better, so Δp has no sign for it. "
-                    f"Set its class attribute `higher_is_better` to True or False."
+                    f"Metric `{name}`{whose} does not say whether higher is better, so Δp has no "
+                    f"sign for it. Set its class attribute `higher_is_better` to True or False."
                 )
             found[str(name)] = bool(metric.higher_is_better)
         return found

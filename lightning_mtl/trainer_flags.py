@@ -1,9 +1,10 @@
-"""What manual optimisation would lose, given back: Trainer flags, LR schedulers, progress, random state.
+"""What manual optimisation would lose: Trainer flags, LR schedulers, progress, random state.
 
-Lightning asks ``module.automatic_optimization`` in several places. Only the choice of the loop that runs a batch has to
-see ``False``; its validator, schedulers, loggers and checkpoint callbacks do the right thing when they see ``True``. So
-the module is manual exactly from the start of a batch to the end of its ``training_step`` (and while optimizers are set
-up, since automatic mode refuses several), and everything else is Lightning's own code, unchanged.
+Lightning asks ``module.automatic_optimization`` in several places. Only the choice of the loop
+that runs a batch has to see ``False``; its validator, schedulers, loggers and checkpoint callbacks
+do the right thing when they see ``True``. So the module is manual exactly from the start of a
+batch to the end of its ``training_step`` (and while optimizers are set up, since automatic mode
+refuses several), and everything else is Lightning's own code, unchanged.
 """
 
 from __future__ import annotations
@@ -40,8 +41,11 @@ class TrainerFlags(Callback):
     # ------------------------------------------------------------ set-up
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        """Start a flow; everything that is refused is refused here."""
         self.module.automatic_optimization = False
         self.module._evaluation.reset(self.module)
+        if stage != "predict":
+            self.module._evaluation.check_baseline(self.module)
         self.flow = self.module._flow = None
         if stage == "fit":
             check_trainer(trainer, self.module)
@@ -49,14 +53,14 @@ class TrainerFlags(Callback):
             self._capture_schedulers()
 
     def _capture_schedulers(self) -> None:
-        """Parse the schedulers as automatic optimisation would; manual mode drops ``monitor`` and others."""
+        """Parse the schedulers as automatic mode would; manual mode drops ``monitor``."""
         module = self.module
         self._release_schedulers()
         original = module.configure_optimizers
         self._had_own = "configure_optimizers" in vars(module)
 
         def captured() -> Any:
-            configured = original()
+            configured: Any = original()
             if configured is None:
                 return None
             optimizers, schedulers, monitor = _configure_optimizers(configured)
@@ -77,6 +81,7 @@ class TrainerFlags(Callback):
                 del self.module.configure_optimizers
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Put the schedulers in place; Lightning does its bookkeeping as in automatic mode."""
         self._release_schedulers()
         if self._schedulers is not None:
             trainer.strategy.lr_scheduler_configs = self._schedulers
@@ -84,15 +89,18 @@ class TrainerFlags(Callback):
         self.module.automatic_optimization = True
 
     def teardown(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        """Free the buffers."""
         if self.flow is not None:
             self.flow.release()
 
     def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
+        """Leave ``configure_optimizers`` as it was."""
         self._release_schedulers()
 
     # ---------------------------------------------------------- training
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Continue with the random state of a checkpoint."""
         sync_progress(trainer)
         if self._rng is not None:
             set_rng(self._rng)
@@ -104,28 +112,32 @@ class TrainerFlags(Callback):
         loaders = trainer.fit_loop._combined_loader.flattened  # type: ignore[union-attr]
         if not all(hasattr(loader, "load_state_dict") for loader in loaders):
             rank_zero_warn(
-                "Resuming with a training loader that cannot save its position: it starts over, so this run "
-                "sees other batches than one that never stopped. For an exact resume give the loader "
+                "Resuming with a training loader that cannot save its position: it starts over, "
+                "so this run "
+                "sees other batches than one that never stopped. For an exact resume give the "
+                "loader "
                 "`state_dict` and `load_state_dict` (for example torchdata's StatefulDataLoader)."
             )
-
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
-        assert self.flow is not None
-        self.flow.check_frozen()
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int
     ) -> None:
+        """Let Lightning run the batch through the manual loop."""
+        if batch_idx == 0:  # every `on_train_epoch_start`, where users unfreeze, has run by now
+            assert self.flow is not None
+            self.flow.check_frozen()
         self.module.automatic_optimization = False
 
     # -------------------------------------------------------- checkpoint
 
     def state_dict(self) -> dict[str, Any]:
+        """Layout and random state, as tensors and plain containers."""
         if self.flow is None:
             return {}
         return {"flow": self.flow.state_dict(), "rng": get_rng(self.module.device)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what :meth:`state_dict` saved."""
         if self.flow is not None and state_dict:  # else it is validation or test that loads
             self.flow.load_state_dict(state_dict["flow"])
             self._rng = state_dict["rng"]

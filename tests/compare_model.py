@@ -18,11 +18,13 @@ from lightning_mtl import GradientBalancer, MultiTaskModule, Task
 class TwoTasks(MultiTaskModule):
     """Class and value of points in six dimensions, from one hidden layer."""
 
-    def __init__(self, width: int = 8, lr: float = 0.1, baseline: str | None = None) -> None:
+    def __init__(
+        self, width: int = 8, lr: float = 0.1, baseline: str | None = None, measured: bool = True
+    ) -> None:
         super().__init__(
             tasks={
                 "classify": Task(nn.CrossEntropyLoss(), MulticlassAccuracy(num_classes=3)),
-                "regress": Task(nn.MSELoss(), MeanSquaredError()),
+                "regress": Task(nn.MSELoss(), MeanSquaredError() if measured else None),
             },
             baseline=baseline,
         )
@@ -40,14 +42,6 @@ class TwoTasks(MultiTaskModule):
 
     def predict_step(self, batch: list) -> dict[str, Tensor]:
         return self(batch[0])
-
-
-class NoMetrics(TwoTasks):
-    """The second task has no metric."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.tasks["regress"] = Task(nn.MSELoss())
 
 
 class Points(LightningDataModule):
@@ -77,7 +71,7 @@ class Points(LightningDataModule):
         return DataLoader(self.parts[2], self.batch_size)
 
     def predict_dataloader(self) -> DataLoader:
-        return DataLoader(TensorDataset(torch.zeros(4, 6)), 2)
+        return DataLoader(TensorDataset(torch.zeros(4, 6)), batch_size=2)
 
 
 class Broken(GradientBalancer):

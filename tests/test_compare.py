@@ -50,8 +50,8 @@ BAD = {
 
 def files(folder: Path, config: dict = CONFIG, balancers: dict = GOOD) -> list[str]:
     """Write the two files and give the options that name them."""
-    (folder / "C.yaml").write_text(yaml.safe_dump(config))
-    (folder / "B.yaml").write_text(yaml.safe_dump(balancers))
+    (folder / "C.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    (folder / "B.yaml").write_text(yaml.safe_dump(balancers, sort_keys=False))
     return ["--config", "C.yaml", "--balancers", "B.yaml", "--out", "out"]
 
 
@@ -132,8 +132,8 @@ def test_failures_are_shown_and_the_others_go_on(grid: Grid):
 
 def test_numbers_are_those_of_a_training_by_hand(grid: Grid):
     for name, seed, callbacks, tasks in (
-        ("minnorm-seed1", 1, [MinNorm()], None),
-        ("single-task-regress-seed0", 0, [], ["regress"]),
+        ("minnorm-seed0", 0, [MinNorm()], None),
+        ("single-task-regress-seed1", 1, [], ["regress"]),
     ):
         seed_everything(seed, verbose=False)
         model = TwoTasks(width=8)
@@ -153,7 +153,7 @@ def test_numbers_are_those_of_a_training_by_hand(grid: Grid):
         trainer.validate(model, datamodule=Points(), verbose=False)
         for task, found in records(grid.folder)[name]["metrics"].items():
             logged = trainer.callback_metrics[f"val/{task}/{METRICS[task]}"]
-            assert found == {METRICS[task]: pytest.approx(float(logged), abs=1e-6)}
+            assert found == {METRICS[task]: pytest.approx(float(logged), rel=1e-7)}
 
 
 def test_summary_follows_from_the_results(grid: Grid):
@@ -336,7 +336,7 @@ def changed(path: str, value: object) -> dict:
     ("config", "message"),
     [
         (changed("model.class_path", MODEL + "Nothing"), r"C.yaml to be a config.*Nothing"),
-        (changed("model", {"class_path": MODEL + "NoMetrics"}), r"metric for every.*`regress`"),
+        (changed("model.init_args.measured", False), r"metric for every.*`regress`"),
         (changed("model.init_args.width", "wide"), r"C.yaml to be a config.*width"),
         (changed("trainer.max_epoch", 3), r"C.yaml to be a config.*max_epoch"),
         (changed("trainer.devices", 2), r"one device a run but C.yaml asks for 2"),
@@ -431,7 +431,9 @@ def test_answer(accuracies, verdict, single):
 
 
 def test_answer_admits_what_it_does_not_know():
-    assert "one seed" in " ".join(answer(summary_of([0.9], [0.9], [1.0])))
+    sentences = answer(summary_of([0.9], [0.9], [1.0]))
+    assert sentences[0].startswith("Perhaps: on the one seed that was run, mine (Δp +0.00 %)")
+    assert "This rests on one seed" in sentences[-1]
     assert answer(summary_of([0.9], [0.9], []))[0] == "No answer: no balancer has a finished run."
     zero = summary_of([0.9], [0.9], [1.0], single=0.0)
     assert answer(zero)[0].startswith("No answer: Δp is not defined")

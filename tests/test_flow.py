@@ -1,4 +1,4 @@
-"""The flow against arithmetic done by hand: directions, heads, accumulation, absent tasks, layout."""
+"""The flow against arithmetic done by hand: directions, heads, accumulation, absent tasks."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ ROWS = [[1.0, 2.0, -1.0], [-2.0, 0.5, 1.0], [0.5, 1.0, 3.0]]
 
 
 class Linear(MultiTaskModule):
-    """Task ``t`` has the loss ``l_t + g_t . theta + psi_t``: its gradients are what a test wants."""
+    """Task ``t`` has the loss ``l_t + g_t . theta + psi_t``: any gradients that a test wants."""
 
     lr = 1.0
 
@@ -41,7 +41,9 @@ class Linear(MultiTaskModule):
         super().__init__(self.names, **kwargs)
         self.losses, self.rows = losses, torch.tensor(rows, dtype=torch.float64)
         self.theta = nn.Parameter(torch.zeros(len(rows[0]), dtype=torch.float64))
-        self.psi = nn.ParameterList(nn.Parameter(torch.zeros((), dtype=torch.float64)) for _ in losses)
+        self.psi = nn.ParameterList(
+            nn.Parameter(torch.zeros((), dtype=torch.float64)) for _ in losses
+        )
 
     def task_losses(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
         return {
@@ -87,7 +89,12 @@ COMPOSED: dict[str, tuple[str, list[Callback], Any, list[float]]] = {
         "E3.db.nolog.d",
         [1, 1, 1],
     ),
-    "DualBalance, loss part": ("E3", [DualBalance(gradient_part=False)], "E3.si.d", [0.5, 2, 2 / 3]),
+    "DualBalance, loss part": (
+        "E3",
+        [DualBalance(gradient_part=False)],
+        "E3.si.d",
+        [0.5, 2, 2 / 3],
+    ),
     "LogLoss + MinNorm E2": ("E2", [LogLoss(), MinNorm()], [-0.094339623, 1, -0.16981132], E2_LOG),
     "MinNorm + LogLoss E3": (
         "E3",
@@ -104,7 +111,9 @@ COMPOSED: dict[str, tuple[str, list[Callback], Any, list[float]]] = {
 }
 
 
-@pytest.mark.parametrize(("fixture", "callbacks", "direction", "heads"), COMPOSED.values(), ids=COMPOSED)
+@pytest.mark.parametrize(
+    ("fixture", "callbacks", "direction", "heads"), COMPOSED.values(), ids=COMPOSED
+)
 def test_composition(
     fixture: str, callbacks: list[Callback], direction: Any, heads: list[float]
 ) -> None:
@@ -210,7 +219,9 @@ def test_an_absent_task_is_left_out(make: Any) -> None:
 
 
 def test_a_last_group_that_is_not_full_steps_on_its_share() -> None:
-    module = one_step(Linear(LOSSES["E2"], ROWS[:2]), MinNorm(), batches=1, accumulate_grad_batches=4)
+    module = one_step(
+        Linear(LOSSES["E2"], ROWS[:2]), MinNorm(), batches=1, accumulate_grad_batches=4
+    )
     expected = [d / 4 for d in VECTORS["E2.mgda.none.draw"]]
     assert (-module.theta).tolist() == pytest.approx(expected, rel=2e-7)
     assert [-psi.item() for psi in module.psi] == [0.25, 0.25]

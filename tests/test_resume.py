@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_mtl import (
@@ -142,7 +141,7 @@ def test_a_changed_hyperparameter_is_reported_and_the_state_kept(tmp_path: Path)
 
 def test_shared_parameters_come_from_the_checkpoint(tmp_path: Path) -> None:
     """A task missing from the first resumed step does not turn its trunk into heads."""
-    run, _ = fit([MinNorm], 1, tmp_path)
+    fit([MinNorm], 1, tmp_path)
 
     class WithoutB(SavedLoader):
         def __iter__(self) -> Iterator[Any]:

@@ -1,4 +1,4 @@
-"""Trainer flags mean what they mean under automatic optimisation: same parameters after 20 steps."""
+"""Trainer flags mean what they mean under automatic optimisation: the same parameters."""
 
 from __future__ import annotations
 
@@ -253,9 +253,7 @@ def test_model_checkpoint(tmp_path: Path, rows: bool) -> None:
     for name, checkpoint in plain.items():
         assert balanced[name]["global_step"] == checkpoint["global_step"]
         for key, value in checkpoint["state_dict"].items():
-            torch.testing.assert_close(
-                balanced[name]["state_dict"][key], value, rtol=0, atol=1e-6
-            )
+            torch.testing.assert_close(balanced[name]["state_dict"][key], value, rtol=0, atol=1e-6)
 
 
 class Recorder:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -177,7 +177,7 @@ class DigitsDataModule(LightningDataModule):
             download_mnist(self.root)
 
     def setup(self, stage: str = "fit") -> None:
-        """Load and divide the source digits, once."""
+        """Load the source digits, divided, once."""
         if not self.digits:
             self.digits = load_mnist(self.root) if self.source == "mnist" else load_sklearn()
 
@@ -254,11 +254,12 @@ def load_mnist(root: Path) -> dict[str, Digits]:
     """MNIST: its last 10,000 training images (at most a sixth) are for validation."""
     from torchvision.datasets import MNIST
 
-    parts: dict[str, Any] = {}
+    parts = {}
     for name, train in (("train", True), ("test", False)):
         part = MNIST(root, train=train)
         parts[name] = Digits(part.data.unsqueeze(1), part.targets.to(torch.uint8))
     whole = parts["train"]
     cut = len(whole.labels) - min(HELD_OUT["mnist"], len(whole.labels) // 6)
-    parts["train"], parts["val"] = (Digits(*(t[s] for t in whole)) for s in (slice(cut), slice(cut, None)))
+    parts["train"] = Digits(whole.images[:cut], whole.labels[:cut])
+    parts["val"] = Digits(whole.images[cut:], whole.labels[cut:])
     return parts

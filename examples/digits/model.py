@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +38,6 @@ class Encoder(nn.Sequential):
             nn.Flatten(),
             nn.Linear(2 * width * 16, code),
             norm1d(code),
-            nn.ReLU(),
         )
 
 
@@ -55,6 +54,7 @@ class TwoDigits(MultiTaskModule):
         hidden: width of the decoder's hidden layer.
         batch_norm: normalise in the encoder; the paper's LeNet does not.
         max_pool: max pooling in the encoder, as in the paper, instead of strided convolutions.
+        cosine: let the learning rate fall to zero along a cosine.
         baseline: single-task results for Δp, as in :class:`~lightning_mtl.MultiTaskModule`.
     """
 
@@ -69,6 +69,7 @@ class TwoDigits(MultiTaskModule):
         hidden: int = 128,
         batch_norm: bool = True,
         max_pool: bool = False,
+        cosine: bool = True,
         baseline: str | None = None,
     ) -> None:
         super().__init__(
@@ -97,12 +98,22 @@ class TwoDigits(MultiTaskModule):
         code = self.encoder(images)
         return {task: head(code) for task, head in self.heads.items()}
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
+    def configure_optimizers(self) -> dict[str, Any]:
         options = self.hparams
+        rate, decay = options.lr, options.weight_decay
         if options.optimizer == "adamw":
-            return torch.optim.AdamW(
-                self.parameters(), options.lr, weight_decay=options.weight_decay, fused=True
+            optimizer: torch.optim.Optimizer = torch.optim.AdamW(
+                self.parameters(), rate, weight_decay=decay, fused=True
             )
-        return torch.optim.SGD(
-            self.parameters(), options.lr, options.momentum, weight_decay=options.weight_decay
-        )
+        else:
+            optimizer = torch.optim.SGD(
+                self.parameters(), rate, options.momentum, weight_decay=decay
+            )
+        if not options.cosine:
+            return {"optimizer": optimizer}
+        steps = int(self.trainer.estimated_stepping_batches)
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }

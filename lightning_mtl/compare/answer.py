@@ -42,7 +42,9 @@ def answer(summary: Summary) -> list[str]:
 
 def _verdict(balancer: Row, plain: Row, equal: Row) -> str:
     low, best, rival, base = _low(balancer), _text(balancer), _mean(plain), _mean(equal)
-    fixed = f" and than {_text(plain)} of the best fixed weighting" if plain is not equal else ""
+    fixed = f" and than the best fixed weighting, {_text(plain)}" if plain is not equal else ""
+    if low > rival and low > base and balancer.delta_p is not None and balancer.delta_p.n < 2:
+        return f"Perhaps: on the one seed that was run, {best} is better than {_text(plain)}."
     if low > rival and low > base:
         return f"Yes: balancing helps here. {best}: clearly better than {_text(equal)}{fixed}."
     if low > base:

@@ -19,12 +19,10 @@ class CurveRecorder(Callback):
     """Norms and cosines of the task gradients at 50 to 100 steps spread evenly over the training.
 
     Args:
-        ask: ask for task gradients that the method would not collect by itself.
         most: at this many points, every second one is dropped and the distance doubled.
     """
 
-    def __init__(self, ask: bool = False, most: int = 100) -> None:
-        self.ask = ask
+    def __init__(self, most: int = 100) -> None:
         self.most = most
         self.every = 1
         self.points: list[dict[str, Any]] = []
@@ -32,7 +30,7 @@ class CurveRecorder(Callback):
 
     def wants_jacobian(self, trainer: Trainer, module: LightningModule) -> bool:
         """Whether the coming step is recorded and has to collect task gradients."""
-        return self.ask and trainer.global_step % self.every == 0
+        return trainer.global_step % self.every == 0
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Add a point when an optimiser step is due."""
@@ -63,37 +61,47 @@ class CurveRecorder(Callback):
 
 
 class StepTimer(Callback):
-    """Median wall time of an optimiser step, loading of data included.
+    """Median wall time of an optimiser step, loading of data included; ends the training.
 
     Args:
         warm_up: steps before the first that counts.
-        measured: steps that count.
+        least: steps that count at least.
+        seconds: how long to measure at least, so that a moment of other load is outvoted.
     """
 
-    def __init__(self, warm_up: int = 10, measured: int = 50) -> None:
-        self.steps = warm_up + measured
-        self.measured = measured
-        self._ends: list[float] = []
+    most = 2000
+
+    def __init__(self, warm_up: int = 10, least: int = 30, seconds: float = 2.0) -> None:
+        self.warm_up = warm_up
+        self.least = least
+        self.seconds = seconds
+        self._ends: list[tuple[int, float]] = []  # epoch and time
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Note the end of an optimiser step."""
-        if trainer.global_step > len(self._ends):
-            if pl_module.device.type == "cuda":
-                torch.cuda.synchronize()
-            self._ends.append(time.perf_counter())
+        if trainer.global_step <= len(self._ends):
+            return
+        if pl_module.device.type == "cuda":
+            torch.cuda.synchronize()
+        self._ends.append((trainer.current_epoch, time.perf_counter()))
+        measured = self._ends[self.warm_up :]
+        if len(measured) > self.least and measured[-1][1] - measured[0][1] >= self.seconds:
+            trainer.should_stop = True
 
     def median_ms(self) -> float:
-        """Median of the last steps in milliseconds.
+        """Median in milliseconds; evaluation between two epochs does not count.
 
         Raises:
             RuntimeError: the training ended before there were two steps.
         """
-        ends = self._ends[-self.measured - 1 :]
-        if len(ends) < 2:
+        ends = self._ends[self.warm_up :] if len(self._ends) > self.warm_up + 1 else self._ends
+        pairs = [(a[0] == b[0], b[1] - a[1]) for a, b in pairwise(ends)]
+        steps = [took for same_epoch, took in pairs if same_epoch] or [took for _, took in pairs]
+        if not steps:
             raise RuntimeError(
                 f"Expected at least 2 optimiser steps to time but found {len(ends)}."
             )
-        return round(1000 * statistics.median(b - a for a, b in pairwise(ends)), 4)
+        return round(1000 * statistics.median(steps), 4)
 
 
 class PeakMemory(Callback):

@@ -90,7 +90,7 @@ def _train(run: Run, job: Job) -> dict[str, Any]:
     # Asking for task gradients would change the rounding of methods that take one backward pass:
     # they are recorded where they exist anyway, and for equal weighting in a run of its own.
     if run.kind == "curves" or (run.seed == 0 and _collects_gradients(callbacks)):
-        recorder = CurveRecorder(ask=run.kind == "curves")
+        recorder = CurveRecorder()
         callbacks.append(recorder)
     cli = RunCLI(job.config, run.seed, callbacks)
     if run.task:
@@ -138,7 +138,7 @@ def _time(run: Run, job: Job) -> dict[str, Any]:
     timer, memory = StepTimer(), PeakMemory()
     callbacks = callbacks_from(run.method, job.methods[run.method])
     short = {
-        "max_steps": timer.steps,
+        "max_steps": timer.most,
         "max_epochs": -1,
         "min_epochs": None,
         "min_steps": None,
