@@ -1,4 +1,4 @@
-"""Modules whose losses are tampered with, and everything a run may change, for tests of bad input."""
+"""A module whose losses are tampered with, and everything that a run may change."""
 
 from __future__ import annotations
 

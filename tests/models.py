@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -124,6 +125,13 @@ def trainer(tmp_path: Any = None, **kwargs: Any) -> Trainer:
         "default_root_dir": tmp_path,
     }
     return Trainer(**{**defaults, **kwargs})
+
+
+def resume_from(path: Any) -> dict[str, Any]:
+    """Arguments of ``fit`` that resume from a file, which loads with ``weights_only=True``."""
+    torch.load(path, weights_only=True)
+    safe = "weights_only" in inspect.signature(Trainer.fit).parameters  # from lightning 2.6 on
+    return {"ckpt_path": path, **({"weights_only": True} if safe else {})}
 
 
 def weights(module: nn.Module) -> Tensor:

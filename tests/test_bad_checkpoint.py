@@ -1,8 +1,7 @@
-"""Checkpoints, balancer states, baselines and frozen parameters of another run: refused by name."""
+"""Checkpoints, balancer states and frozen parameters of another run: refused by name."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +9,10 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import BaseFinetuning
-from torch import Tensor, nn
-from torchmetrics import MeanAbsoluteError, MeanSquaredError
 
-from lightning_mtl import DualBalance, LogLoss, MinNorm, MultiTaskModule, Task, TaskTensioner
+from lightning_mtl import DualBalance, LogLoss, MinNorm, TaskTensioner
 from tests.faulty import batches, fitted, parameters, same, state
-from tests.models import TASKS, Balanced, Network, Plain, loader, sgd, trainer
+from tests.models import Balanced, Plain, loader, sgd, trainer
 
 SHARED = ["net.trunk.0.weight", "net.trunk.0.bias"]
 THREE = ("a", "b", "c")
@@ -62,8 +59,8 @@ def test_checkpoint_of_other_tasks(tmp_path: Path, other: dict[str, Any], balanc
     before = parameters(module)
     tasks = str(list(module.training_tasks)).replace("[", r"\[").replace("]", r"\]")
     message = (
-        rf"^Expected a checkpoint of the tasks {tasks} but this one was trained on \['a', 'b'\]. Resume "
-        rf"with the same tasks in the same order; to start from its weights only, use `load_from_ch"
+        rf"^Expected a checkpoint of the tasks {tasks} but this one was trained on \['a', 'b'\]. "
+        rf"Resume with the same tasks in the same order; to start from its weights only, use `load_"
     )
     run = trainer(callbacks=balancers, max_epochs=2)
     with pytest.raises(ValueError, match=message):
@@ -116,7 +113,7 @@ def test_checkpoint_with_other_shared_parameters(
         run.fit(module, batches(), ckpt_path=path, weights_only=True)
     assert run.global_step == 6
     checkpoint = torch.load(path, weights_only=True)
-    assert same(parameters(module), {k: v for k, v in checkpoint["state_dict"].items()})
+    assert same(parameters(module), dict(checkpoint["state_dict"]))
     assert same([o.state_dict() for o in run.optimizers], checkpoint["optimizer_states"])
     kept = state(run, module)["balancers"]
     assert same(kept, {balancer.__name__: checkpoint["callbacks"][balancer.__name__]})
@@ -158,7 +155,7 @@ def test_balancer_with_the_state_of_another_model(
     assert fitted(module, batches(tasks=THREE), [balancer])["steps"] == 6
 
 
-# ----------------------------------------------------------------- frozen or unfrozen between epochs
+# ---------------------------------------------------------------- frozen or unfrozen between epochs
 
 
 class Unfreeze(Callback):
@@ -203,8 +200,8 @@ def test_frozen_or_unfrozen_between_epochs(make: type[Balanced], callback: Any) 
     callbacks = [callback()] if callback else []
     message = (
         r"^Expected the trainable parameters of the first step but \['net.trunk.0.bias', "
-        r"'net.trunk.0.weight'\] were frozen or unfrozen since. .*freeze before `fit`, and unfreeze "
-        r"in a new `fit`"
+        r"'net.trunk.0.weight'\] were frozen or unfrozen since. .*freeze before `fit`, and "
+        r"unfreeze in a new `fit`"
     )
     run = trainer(callbacks=[MinNorm(), *callbacks], max_epochs=3)
     with pytest.raises(ValueError, match=message):
@@ -226,129 +223,3 @@ def test_unfreezing_is_fine_without_a_gradient_balancer(balancer: Any) -> None:
         fitted(plain, batches(), [Unfreeze()], max_epochs=2)
         for name, p in plain.named_parameters():
             torch.testing.assert_close(module.get_parameter(name), p, rtol=0, atol=1e-6)
-
-
-# ----------------------------------------------------------------------------------------- baseline
-
-METRIC = "MeanSquaredError"
-RIGHT = {task: {METRIC: 1.0} for task in TASKS}
-BASELINES = {
-    "other tasks": (
-        {"x": {METRIC: 1.0}, "b": {METRIC: 1.0}},
-        r"value for every task in the baseline, \['x', 'b'\].* found \['a', 'b'\]: missing \['x'\], not "
-        r"in the baseline \['a'\]. Use a baseline of the same tasks",
-    ),
-    "one task too many": (
-        {**RIGHT, "c": {METRIC: 1.0}},
-        r"missing \['c'\], not in the baseline \[\]",
-    ),
-    "one task too few": ({"a": {METRIC: 1.0}}, r"missing \[\], not in the baseline \['b'\]"),
-    "other metrics": (
-        {**RIGHT, "b": {"Accuracy": 1.0}},
-        r"every metric of task 'b' in the baseline, \['Accuracy'\].* found \['MeanSquaredError'\].*",
-    ),
-}
-
-
-@pytest.mark.parametrize("stage", ["fit", "validate", "test"])
-@pytest.mark.parametrize("from_file", [False, True])
-@pytest.mark.parametrize(("baseline", "message"), BASELINES.values(), ids=BASELINES)
-def test_baseline_of_another_problem(
-    tmp_path: Path, baseline: Any, message: str, from_file: bool, stage: str
-) -> None:
-    path = tmp_path / "baseline.json"
-    tasks = {
-        t: {m: {"value": v, "higher_is_better": False} for m, v in metrics.items()}
-        for t, metrics in baseline.items()
-    }
-    path.write_text(json.dumps({"format": 1, "tasks": tasks}))
-    content = path.read_bytes()
-    module = Balanced(baseline=path if from_file else baseline)
-    run = trainer()
-    with pytest.raises(ValueError, match=f"^Expected a .*{message}"):
-        # Before the first batch: an epoch of training is not lost to a wrong file.
-        run.fit(module, batches(), loader(8)) if stage == "fit" else getattr(run, stage)(
-            module, loader(8), verbose=False
-        )
-    assert same(parameters(module), parameters(Balanced()))
-    assert run.global_step == 0
-    assert path.read_bytes() == content
-
-
-@pytest.mark.parametrize("active", [None, ["b"]])
-def test_baseline_of_this_problem(active: Any) -> None:
-    module = Balanced(baseline=RIGHT, active_tasks=active)
-    run = trainer()
-    run.validate(module, loader(8), verbose=False)
-    logged = {name for name in run.callback_metrics if "delta_p" in name}
-    assert logged == {"val/delta_p", *(f"val/delta_p/{task}" for task in active or TASKS)}
-
-
-class OwnLoop(MultiTaskModule):
-    """Losses and metrics of its own."""
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(TASKS, **kwargs)
-        self.net = Network()
-        self.errors = nn.ModuleDict({task: MeanAbsoluteError() for task in TASKS})
-
-    def task_losses(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        return {t: nn.functional.mse_loss(y, batch[1][t]) for t, y in self.net(batch[0]).items()}
-
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        for task, y in self.net(batch[0]).items():
-            if task in self.training_tasks:
-                self.errors[task].update(y, batch[1][task])
-                self.log(f"val/{task}/error", self.errors[task])
-
-    def configure_optimizers(self) -> Any:
-        return sgd(self.parameters())
-
-
-OWN = {task: {f"val/{task}/error": False} for task in TASKS}
-ERRORS = {task: {"error": 1.0} for task in TASKS}
-
-
-@pytest.mark.parametrize("active", [None, ["b"]])
-def test_baseline_of_a_module_with_its_own_loop(active: Any) -> None:
-    run = trainer()
-    module = OwnLoop(baseline=ERRORS, delta_p_metrics=OWN, active_tasks=active)
-    run.validate(module, loader(8), verbose=False)
-    logged = {name for name in run.callback_metrics if "delta_p" in name}
-    assert logged == {"val/delta_p", *(f"val/delta_p/{task}" for task in active or TASKS)}
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"baseline": ERRORS}, "`delta_p_metrics` beside `baseline` but found none: OwnLoop comp"),
-        (
-            {"baseline": ERRORS, "delta_p_metrics": {**OWN, "depht": {"val/error": False}}},
-            r"`delta_p_metrics` names the unknown task \['depht'\]; the module declares \['a', 'b'\]",
-        ),
-        (
-            {"baseline": ERRORS, "delta_p_metrics": {**OWN, "b": {"val/b/iou": True}}},
-            r"every metric of task 'b' in the baseline, \['error'\].* found \['iou'\]",
-        ),
-        (
-            {"baseline": {"a": {"mae": 1.0}}, "delta_p_metrics": {"a": {"val/a/mae": False}}},
-            r"the metric 'val/a/mae' of task 'a' .* found \['val/a/error', 'val/b/error'\]. Log it w",
-        ),
-    ],
-)
-def test_baseline_and_a_loop_of_its_own(arguments: dict[str, Any], message: str) -> None:
-    module = OwnLoop(**arguments)
-    before = parameters(module)
-    with pytest.raises(ValueError, match=message):
-        trainer().validate(module, loader(8), verbose=False)
-    assert same(parameters(module), before)
-
-
-def test_metric_without_a_direction() -> None:
-    class Undirected(MeanSquaredError):
-        higher_is_better = None
-
-    module = Balanced(baseline=RIGHT)
-    module.tasks["b"].metrics["val"] = Task(nn.MSELoss(), {METRIC: Undirected()}).metrics["val"]
-    with pytest.raises(ValueError, match=r"Metric `MeanSquaredError` of task 'b' does not say"):
-        trainer().validate(module, loader(8), verbose=False)

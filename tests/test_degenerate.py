@@ -1,4 +1,4 @@
-"""Problems at the edge: zero, opposite and identical gradients, one task, nothing shared, frozen."""
+"""Problems at the edge: zero, opposite, identical gradients, one task, nothing shared."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def finite(module: Any) -> bool:
 @each_method
 def test_zero_gradient_warns_once_by_name(method: Method) -> None:
     fault = change("c", lambda loss: loss * 0 + 1)
-    module = Faulty({i: fault for i in range(6)}, tasks=PAIR)
+    module = Faulty(dict.fromkeys(range(6), fault), tasks=PAIR)
     balancer = method.make()
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
@@ -61,7 +61,7 @@ def test_zero_gradient_stops_the_trunk_under_min_norm() -> None:
         return torch.optim.SGD(module.parameters(), lr=0.1)
 
     fault = change("c", lambda loss: loss * 0 + 1)
-    module = Faulty({i: fault for i in range(6)}, tasks=PAIR, configure=configure)
+    module = Faulty(dict.fromkeys(range(6), fault), tasks=PAIR, configure=configure)
     before = parameters(module)
     with pytest.warns(UserWarning, match=r"gradient of \['c'\] is exactly zero"):
         fitted(module, batches(6, tasks=PAIR), [MinNorm()])
@@ -69,7 +69,7 @@ def test_zero_gradient_stops_the_trunk_under_min_norm() -> None:
     assert moved == {"net.heads.head_a.weight", "net.heads.head_a.bias"}
 
 
-# ------------------------------------------------------------------- opposite and identical gradients
+# ----------------------------------------------------------------- opposite and identical gradients
 
 
 class Pulled(MultiTaskModule):
@@ -131,7 +131,7 @@ class Alone(Plain):
 
 @each_method
 def test_one_task_trains_as_it_would_alone(method: Method) -> None:
-    """Plain descent on its loss, or on its logarithm; smoothing and fixed scales only stay finite."""
+    """Descent on its loss or its logarithm; smoothing and fixed scales only stay finite."""
     balancer: Any = method.make()
     module = Balanced(tasks=PAIR, active_tasks=["a"])
     fitted(module, batches(tasks=PAIR), [balancer])
@@ -182,9 +182,9 @@ def test_nothing_shared(model: type[Balanced], balancer: type[Callback], every: 
         r"; frozen are \['net.trunk.0.weight', .*'net.trunk.3.bias'\]" if model is Frozen else ""
     )
     message = (
-        rf"^Expected parameters that two or more of the tasks \['a', 'b'\] share but found none, so "
-        rf"{balancer.__name__} has no gradients to balance{frozen}. Unfreeze the trunk.*name the "
-        rf"parameters in `shared_parameters\(\)`, or train without a gradient balancer."
+        rf"^Expected parameters that two or more of the tasks \['a', 'b'\] share but found none, "
+        rf"so {balancer.__name__} has no gradients to balance{frozen}. Unfreeze the trunk.*name "
+        rf"the parameters in `shared_parameters\(\)`, or train without a gradient balancer."
     )
     run = trainer(callbacks=[attached], accumulate_grad_batches=every)
     with pytest.raises(ValueError, match=message):

@@ -59,7 +59,8 @@ def test_batches_have_the_expected_shapes_ranges_and_targets(digits):
     left, right = draw_pairs(8, digits["train"], 0, 3, 0, 0)
     assert image.shape == targets["reconstruct"].shape == (8, 1, 28, 28)
     assert image.dtype == targets["reconstruct"].dtype == torch.float32
-    assert 0 <= image.min() and 0.9 < image.max() <= 1
+    assert image.min() >= 0
+    assert 0.9 < image.max() <= 1
     assert torch.equal(targets["classify"], digits["train"].labels[left].long())
     assert torch.equal(targets["reconstruct"], digits["train"].images[right] / 255)
 
@@ -69,7 +70,7 @@ def test_digits_lie_at_the_upper_left_and_lower_right():
     upper_left, lower_right = compose(white, black)[0, 0], compose(black, white)[0, 0]
     assert upper_left[0, 0] == lower_right[-1, -1] == 1
     assert upper_left[-1].max() == lower_right[0].max() == upper_left[:, -1].max() == 0
-    assert torch.equal(upper_left, lower_right.flip(0, 1))
+    torch.testing.assert_close(upper_left, lower_right.flip(0, 1))
     assert white.min() == 255  # the sources are not written to
 
 
@@ -195,14 +196,14 @@ def test_thirty_steps_lower_both_losses(tmp_path):
     trainer(tmp_path, callbacks=[losses, TaskTensioner()]).fit(TwoDigits(), datamodule=data)
     seen = torch.stack(losses.seen)
     assert len(seen) == 30
-    assert (seen[-5:].mean(0) < 0.7 * seen[:5].mean(0)).all()
+    assert (seen[-5:].mean(0) < 0.8 * seen[:5].mean(0)).all()
 
 
 @pytest.mark.parametrize("step", [5, 8])  # mid-epoch, and at the end of the second epoch of 4
 def test_resume_gives_the_run_that_never_stopped(tmp_path, step):
     def fit(**kwargs):
         seed_everything(0, verbose=False)
-        model = TwoDigits(width=2, hidden=8)
+        model = TwoDigits(width=2, hidden=8, decay_steps=12)
         data = DigitsDataModule(batch_size=8, train_pairs=32, eval_pairs=20)
         saver = ModelCheckpoint(
             tmp_path, every_n_train_steps=step, filename="{step}", save_top_k=-1
@@ -220,7 +221,7 @@ def test_resume_gives_the_run_that_never_stopped(tmp_path, step):
 def test_the_stopping_rule_waits_for_every_task(tmp_path):
     rule = StopWithoutImprovement(patience=2)
     data = DigitsDataModule(batch_size=8, train_pairs=16, eval_pairs=20)
-    model = TwoDigits("sgd", lr=0.0, width=2, hidden=8, batch_norm=False, cosine=False)
+    model = TwoDigits("sgd", lr=0.0, width=2, hidden=8, batch_norm=False)
     run = trainer(tmp_path, max_epochs=9, callbacks=[rule])
     run.fit(model, datamodule=data)
     assert run.current_epoch == 3  # the first epoch is the best one, then two without improvement
@@ -239,6 +240,8 @@ def test_the_stopping_rule_waits_for_every_task(tmp_path):
 # --------------------------------------------------------------------- configs
 
 
+# Lightning's own use of jsonargparse.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("name", ["compare.yaml", "paper.yaml"])
 def test_configs_build_the_model_and_the_data(name):
     from lightning_mtl.cli import MultiTaskCLI
@@ -246,6 +249,9 @@ def test_configs_build_the_model_and_the_data(name):
     cli = MultiTaskCLI(["--config", str(FOLDER / name)], run=False, save_config_callback=None)
     assert isinstance(cli.model, TwoDigits)
     assert isinstance(cli.datamodule, DigitsDataModule)
+    epochs, data = cli.trainer.max_epochs, cli.datamodule
+    steps = epochs * (data.train_pairs // data.batch_size)
+    assert cli.model.hparams.decay_steps == (steps if name == "compare.yaml" else None)
     stops = [c for c in cli.trainer.callbacks if isinstance(c, StopWithoutImprovement)]
     assert len(stops) == (name == "paper.yaml")
 

@@ -1,4 +1,4 @@
-"""What a MultiTaskModule does not train with: refused at `setup` with the cure, and nothing is lost."""
+"""What a MultiTaskModule does not train with: refused with the cure, and nothing is lost."""
 
 from __future__ import annotations
 
@@ -74,17 +74,15 @@ def scaled() -> MixedPrecision:
 FLAGS: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
     "LearningRateFinder": (
         lambda: {"callbacks": [LearningRateFinder(num_training_steps=2)]},
-        r"LearningRateFinder is not supported with Tunable: it replaces the Trainer's callbacks .* "
-        r"Compare learning rates in short fits instead\.$",
+        r"LearningRateFinder is not supported with Tunable: it .* Compare learning rates in short",
     ),
     "BatchSizeFinder": (
         lambda: {"callbacks": [BatchSizeFinder(max_trials=1)]},
-        r"BatchSizeFinder is not supported with Tunable: it .* Try batch sizes in short fits instead",
+        r"BatchSizeFinder is not supported with Tunable: it .* Try batch sizes in short fits",
     ),
     "BackboneFinetuning": (
         lambda: {"callbacks": [BackboneFinetuning(unfreeze_backbone_at_epoch=1)]},
-        r"BackboneFinetuning is not supported with Tunable: the shared parameters are fixed at the "
-        r"first step .* with the trunk frozen and no gradient balancer, then unfreeze and call `fit`",
+        r"BackboneFinetuning is not supported with Tunable: .* trunk frozen and no gradient bal",
     ),
     "ddp": (
         lambda: {"strategy": DDPStrategy(process_group_backend="gloo")},
@@ -96,8 +94,7 @@ FLAGS: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
     ),
     "foreign callback": (
         lambda: {"callbacks": [pytorch_lightning.callbacks.LambdaCallback()]},
-        r"callbacks of the `lightning` package but found pytorch_lightning\.callbacks\.lambda_functio"
-        r"n\.LambdaCallback. Import it from `lightning.pytorch` instead of `pytorch_lightning`",
+        r"found pytorch_lightning\..*\.LambdaCallback\. Import it from `lightning.pytorch` instead",
     ),
     "two gradient balancers": (
         lambda: {"callbacks": [MinNorm(), CentralDirection()]},
@@ -113,12 +110,11 @@ FLAGS: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
     ),
     "hybrid after a loss balancer": (
         lambda: {"callbacks": [LogLoss(), DualBalance()]},
-        r"at most one loss balancer .* found LogLoss, DualBalance\. DualBalance balances losses and "
-        r"gradients by itself\. Keep one of them",
+        r"one loss balancer .* found LogLoss, DualBalance\. DualBalance balances .* by itself\. Ke",
     ),
     "hybrid before a gradient balancer": (
         lambda: {"callbacks": [DualBalance(), MinNorm()]},
-        r"at most one gradient balancer .* found DualBalance, MinNorm\. DualBalance balances losses",
+        r"at most one gradient balancer .* found DualBalance, MinNorm\. DualBalance balances",
     ),
 }
 
@@ -158,8 +154,8 @@ def test_tuner(tmp_path: Any, tune: str) -> None:
 def test_lbfgs() -> None:
     module = Tunable(configure=lambda m: torch.optim.LBFGS(m.parameters()))
     message = (
-        r"^LBFGS is not supported with Tunable: it evaluates the losses several times a step, .* Use a "
-        r"first-order optimizer such as SGD or AdamW"
+        r"^LBFGS is not supported with Tunable: it evaluates the losses several times a step, .* "
+        r"Use a first-order optimizer such as SGD or AdamW"
     )
     refuses(lambda: trainer().fit(module), module, message)
 
@@ -167,8 +163,8 @@ def test_lbfgs() -> None:
 def test_overridden_training_step() -> None:
     module = OwnStep()
     message = (
-        r"^OwnStep overrides `training_step`, which is where MultiTaskModule balances. Rename it to "
-        r"`task_losses\(self, batch, batch_idx\)` and return a dict {task: loss} instead of their sum"
+        r"^OwnStep overrides `training_step`, which is where MultiTaskModule balances. Rename it "
+        r"to `task_losses\(self, batch, batch_idx\)` and return a dict {task: loss} instead of th"
     )
     run = trainer()
     before = parameters(module)

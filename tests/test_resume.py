@@ -20,7 +20,7 @@ from lightning_mtl import (
     Scalarization,
     TaskTensioner,
 )
-from tests.models import Balanced, Samples, trainer, weights
+from tests.models import Balanced, Samples, resume_from, trainer, weights
 
 BALANCERS: dict[str, list[type[Balancer] | Any]] = {
     "none": [],
@@ -94,8 +94,7 @@ def fit(
     )
     # A resumed run starts from other random numbers: the checkpoint has to bring its own.
     torch.manual_seed(7 if resume is None else 99)
-    kwargs = {"ckpt_path": resume, "weights_only": True} if resume else {}
-    run.fit(module, make_loader(), **kwargs)
+    run.fit(module, make_loader(), **(resume_from(resume) if resume else {}))
     return run, module
 
 

@@ -7,6 +7,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch.callbacks
 import pytest
 import torch
 from lightning.pytorch import Callback
@@ -15,7 +16,6 @@ from lightning.pytorch.callbacks import (
     GradientAccumulationScheduler,
     ModelCheckpoint,
     StochasticWeightAveraging,
-    WeightAveraging,
 )
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
@@ -23,7 +23,7 @@ from torch.optim import lr_scheduler as lrs
 from torch.utils.data import DataLoader
 
 from lightning_mtl import GradientBalancer
-from tests.models import Balanced, Plain, loader, sgd, trainer, weights
+from tests.models import Balanced, Plain, loader, resume_from, sgd, trainer, weights
 
 
 class Sum(GradientBalancer):
@@ -198,17 +198,17 @@ def early_stopping() -> list[Callback]:
     return [EarlyStopping("val/loss/b", patience=0, min_delta=0.5)]
 
 
+CALLBACKS = {
+    "EarlyStopping": early_stopping,
+    "GradientAccumulationScheduler": lambda: [GradientAccumulationScheduler({0: 1, 1: 4, 2: 2})],
+    "SWA": lambda: [StochasticWeightAveraging(swa_lrs=0.02, swa_epoch_start=1)],
+}
+if hasattr(lightning.pytorch.callbacks, "WeightAveraging"):  # from lightning 2.6 on
+    CALLBACKS["WeightAveraging"] = lambda: [lightning.pytorch.callbacks.WeightAveraging()]
+
+
 @both_ways
-@pytest.mark.parametrize(
-    "callbacks",
-    [
-        early_stopping,
-        lambda: [GradientAccumulationScheduler({0: 1, 1: 4, 2: 2})],
-        lambda: [StochasticWeightAveraging(swa_lrs=0.02, swa_epoch_start=1)],
-        lambda: [WeightAveraging()],
-    ],
-    ids=["EarlyStopping", "GradientAccumulationScheduler", "SWA", "WeightAveraging"],
-)
+@pytest.mark.parametrize("callbacks", CALLBACKS.values(), ids=CALLBACKS)
 def test_callbacks(callbacks: Any, rows: bool) -> None:
     assert_same(*pair(rows, callbacks=callbacks, max_epochs=4, limit_train_batches=5))
 
@@ -384,11 +384,11 @@ def test_resumes_from_a_checkpoint_of_automatic_optimisation(tmp_path: Path) -> 
     run.fit(plain, loader(), loader(16))
     run.save_checkpoint(tmp_path / "plain.ckpt")
     longer = trainer(max_epochs=2)
-    longer.fit(plain, loader(), loader(16), ckpt_path=tmp_path / "plain.ckpt", weights_only=True)
+    longer.fit(plain, loader(), loader(16), **resume_from(tmp_path / "plain.ckpt"))
 
     balanced = Balanced()
     run = trainer(max_epochs=2)
-    run.fit(balanced, loader(), loader(16), ckpt_path=tmp_path / "plain.ckpt", weights_only=True)
+    run.fit(balanced, loader(), loader(16), **resume_from(tmp_path / "plain.ckpt"))
     assert run.global_step == longer.global_step == 40
     torch.testing.assert_close(weights(balanced), weights(plain), rtol=0, atol=1e-6)
 

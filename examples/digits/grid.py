@@ -97,7 +97,7 @@ def best(results: dict[float, dict[str, Metrics]]) -> dict[str, tuple[float, Met
         values = [methods[row][task][metric] for methods in results.values() if row in methods]
         if not values:
             raise SystemExit(
-                f"Expected single-task runs of `{task}` but they failed at every rate."
+                f"Expected single-task runs of `{task}`, but they failed at every rate."
             )
         baseline[task] = {metric: max(values) if up else min(values)}
     directions = {task: dict([metric]) for task, metric in METRICS.items()}

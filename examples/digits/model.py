@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 import torch
@@ -54,7 +55,8 @@ class TwoDigits(MultiTaskModule):
         hidden: width of the decoder's hidden layer.
         batch_norm: normalise in the encoder; the paper's LeNet does not.
         max_pool: max pooling in the encoder, as in the paper, instead of strided convolutions.
-        cosine: let the learning rate fall to zero along a cosine.
+        decay_steps: let the learning rate fall to zero along a cosine over this many steps; by
+            default it stays constant.
         baseline: single-task results for Δp, as in :class:`~lightning_mtl.MultiTaskModule`.
     """
 
@@ -69,7 +71,7 @@ class TwoDigits(MultiTaskModule):
         hidden: int = 128,
         batch_norm: bool = True,
         max_pool: bool = False,
-        cosine: bool = True,
+        decay_steps: int | None = None,
         baseline: str | None = None,
     ) -> None:
         super().__init__(
@@ -109,10 +111,11 @@ class TwoDigits(MultiTaskModule):
             optimizer = torch.optim.SGD(
                 self.parameters(), rate, options.momentum, weight_decay=decay
             )
-        if not options.cosine:
+        if options.decay_steps is None:
             return {"optimizer": optimizer}
-        steps = int(self.trainer.estimated_stepping_batches)
-        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: (1 + math.cos(math.pi * min(1, step / options.decay_steps))) / 2
+        )
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},

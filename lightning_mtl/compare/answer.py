@@ -50,13 +50,11 @@ def _verdict(balancer: Row, plain: Row, equal: Row) -> str:
     if low > base:
         return (
             f"No, not more than a fixed weight: {best} is clearly better than {_text(equal)}, "
-            f"but not than "
-            f"{_text(plain)}, a fixed weighting that costs nothing."
+            f"but not than {_text(plain)}, a fixed weighting that costs nothing."
         )
     return (
-        f"No: no balancer is clearly better than {_text(plain)} here. The best of them is "
-        f"{best}; its mean less one "
-        f"standard deviation does not exceed that."
+        f"No: no balancer is clearly better than {_text(plain)} here. The best of them is {best}; "
+        f"its mean less one standard deviation does not exceed that."
     )
 
 
@@ -65,7 +63,9 @@ def _against_single(summary: Summary) -> list[str]:
     if best is None:
         return []
     single = "single-task training (Δp 0)"
-    if _low(best) > 0:
+    if best.delta_p is not None and best.delta_p.n < 2:
+        verdict = f"is {'above' if _mean(best) > 0 else 'below'} {single} on its one seed"
+    elif _low(best) > 0:
         verdict = f"is above {single}"
     elif _mean(best) + (_mean(best) - _low(best)) < 0:
         verdict = f"is below {single}: a model per task remains better"

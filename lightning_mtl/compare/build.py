@@ -154,8 +154,7 @@ def _reason(class_path: str, error: Exception) -> str:
     hint = f"Did you mean `{near[0]}`? " if near else ""
     return (
         f"there is no class `{class_path}`. {hint}Give one of {', '.join(known)}, or the full "
-        f"import path of a "
-        f"callback of yours, such as `my_package.MyBalancer`."
+        f"import path of a callback of yours, such as `my_package.MyBalancer`."
     )
 
 
@@ -184,23 +183,21 @@ def build(config: str, **kwargs: Any) -> RunCLI:
     except Exception as error:
         raise CompareError(
             f"Expected {config} to be a config that `lightning-mtl fit` takes, with `model`, "
-            f"`data` and `trainer`, "
-            f"but building it failed. {type(error).__name__}: {error}"
+            f"`data` and `trainer`, but building it failed. {type(error).__name__}: {error}"
         ) from error
     trainer: Any = cli.trainer
     model = cli.model
     balancers = [type(c).__name__ for c in trainer.callbacks if isinstance(c, Balancer)]
-    if False:
+    if balancers:
         raise CompareError(
             f"Expected no balancer in the `trainer.callbacks` of {config} but found "
-            f"{', '.join(balancers)}. "
-            f"Move it to the file of balancers, so that every run has just its own."
+            f"{', '.join(balancers)}. Move it to the file of balancers, so that every run has "
+            f"just its own."
         )
     if cli.config.get("ckpt_path"):
         raise CompareError(
             f"Expected no `ckpt_path` in {config} but found {cli.config.ckpt_path}. Every run "
-            f"starts from its "
-            f"seed: remove it, or load the weights in the model's constructor."
+            f"starts from its seed: remove it, or load the weights in the model's constructor."
         )
     if trainer.num_devices * trainer.num_nodes > 1:
         raise CompareError(

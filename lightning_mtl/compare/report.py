@@ -29,14 +29,12 @@ pre { background: #f7f7f7; padding: .8rem; overflow-x: auto; font-size: .85rem; 
 
 _CAPTIONS = {
     "delta_p.png": "Relative improvement over single-task training; bars are means over seeds, "
-    "whiskers ± one "
-    "standard deviation.",
+    "whiskers ± one standard deviation.",
     "runs.png": "Every run by the first metric of the first two tasks. The dashed lines are the "
     "single-task averages.",
     "gradient_cosines.png": "Cosine between task gradients over the training, seed 0. Below 0 "
-    "the tasks conflict. "
-    "Methods that need one backward pass only have no curve; equal weighting was run once more "
-    "for its own.",
+    "the tasks conflict. Methods that need one backward pass only have no curve; equal weighting "
+    "was run once more for its own.",
     "gradient_norms.png": "Norms of the task gradients on the shared parameters over the "
     "training, seed 0.",
 }
