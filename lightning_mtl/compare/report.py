@@ -21,6 +21,7 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; white-spa
   font-size: .9rem; }
 th, td { text-align: right; padding: .3rem .7rem; border-bottom: 1px solid #ddd; }
 th { border-bottom: 2px solid #999; } th:first-child, td:first-child { text-align: left; }
+table.facts td { text-align: left; white-space: normal; }
 tr.single td { background: #f7f7f7; }
 img { max-width: 100%; height: auto; display: block; }
 figure { margin: 1.2rem 0; } figcaption, .note { color: #555; font-size: .9rem; }
@@ -87,7 +88,7 @@ less its standard deviation, is above the mean Δp of equal weighting and of eve
 weighting.</p>
 <h2>Pictures</h2>{figures or "<p>No run finished that could be drawn.</p>"}
 <h2>How it was run</h2>
-<table>{"".join(_row("td", fact) for fact in facts)}</table>
+<table class="facts">{"".join(_row("td", fact) for fact in facts)}</table>
 {files}
 </body></html>
 """
