@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -69,6 +70,7 @@ class Flow:
         self.observers = [c for c in callbacks if hasattr(c, "wants_jacobian")]
         self._gradients: TaskGradients | None = None
         self._saved_shared: list[str] | None = None
+        self._saved_trainable: list[str] | None = None
         self._group: _Group | None = None
         self._first_done = False
         self._uneven = False  # whether label counts or absent tasks were met under accumulation
@@ -104,7 +106,7 @@ class Flow:
     def _read_losses(self, batch: Any, batch_idx: int) -> TaskLosses:
         module = self.module
         losses = module.task_losses(batch, batch_idx)
-        if not module.task_names:
+        if not module.task_names and isinstance(losses, Mapping):
             module._declare(check_task_names(list(losses)))
             check_tasks(self.balancers, module.task_names)
         strict = [type(b).__name__ for b in self.balancers if b.requires_positive_losses]
@@ -231,7 +233,8 @@ class Flow:
             sizes = torch.linalg.vector_norm(jacobian, dim=1).tolist()
         tasks = self.module.training_tasks
         rule, step = self.module.on_bad_loss, self.trainer.global_step + 1
-        for t in bad_gradients(sizes, group.counts, tasks, on_bad_loss=rule, step=step):
+        whole = [row + head for row, head in zip(sizes, gradients.head_sizes(), strict=True)]
+        for t in bad_gradients(whole, group.counts, tasks, on_bad_loss=rule, step=step):
             gradients.drop(t)
             jacobian[t].zero_()
             group.counts[t] = 0
@@ -307,7 +310,8 @@ class Flow:
     def _task_gradients(self) -> TaskGradients:
         if self._gradients is None:
             parameters = trainable(self.module)
-            shared = shared_names(self.module, parameters, self._saved_shared)
+            saved = self._saved_shared, self._saved_trainable
+            shared = shared_names(self.module, parameters, *saved)
             num_tasks = len(self.module.training_tasks)
             self._gradients = TaskGradients(parameters, num_tasks, shared)
         return self._gradients
@@ -321,6 +325,7 @@ class Flow:
         """Free the buffers when the fit is over; the layout stays."""
         if self._gradients is not None:
             self._saved_shared = self._gradients.shared
+            self._saved_trainable = list(self._gradients.parameters)
             self._gradients = self._group = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -328,6 +333,7 @@ class Flow:
         known = self._gradients is not None and self._gradients.known
         return {
             "tasks": list(self.module.training_tasks),
+            "trainable": list(self._gradients.parameters) if known else self._saved_trainable,  # type: ignore[union-attr]
             "shared": self._gradients.shared if known else self._saved_shared,  # type: ignore[union-attr]
             "first_done": self._first_done,
             "uneven": self._uneven,
@@ -342,7 +348,7 @@ class Flow:
                 f"Resume with the same tasks in the same order; to start from its weights only, "
                 f"use `load_from_checkpoint` and `fit` without `ckpt_path`."
             )
-        self._saved_shared = state["shared"]
+        self._saved_shared, self._saved_trainable = state["shared"], state["trainable"]
         self._first_done = state["first_done"]
         self._uneven = state["uneven"]
 

@@ -228,19 +228,3 @@ def bad_gradients(
             f"{_LOOK}"
         )
     return bad
-
-
-def bad_sum(tasks: Sequence[str], *, on_bad_loss: OnBadLoss, step: int) -> None:
-    """Refuse the gradient of a summed loss, in which the task at fault cannot be told.
-
-    Raises:
-        BadLossError: with ``on_bad_loss="raise"``.
-    """
-    if on_bad_loss == "raise":
-        raise BadLossError(
-            f"Expected finite gradients at optimiser step {step} but the gradient of the summed "
-            f"losses of {list(tasks)} is not, though each loss is. No parameter was changed. "
-            f"{_LOOK} "
-            f"With GradientMonitor(every_n_steps=1) among the callbacks this message names the "
-            f"task."
-        )

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any, get_args
 
 from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from lightning_mtl.evaluation import Evaluation
 from lightning_mtl.flow import Flow
 from lightning_mtl.losses import OnBadLoss, check_task_names, known_tasks
 from lightning_mtl.record import StepRecord
+from lightning_mtl.supported import check_trainer
 from lightning_mtl.task import Task
 from lightning_mtl.trainer_flags import TrainerFlags
 
@@ -24,6 +26,8 @@ def _with_flags(
 ) -> Callable[[MultiTaskModule], list[Callback]]:
     @functools.wraps(configure_callbacks)
     def configured(self: MultiTaskModule) -> list[Callback]:
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            check_trainer(self.trainer, self)  # before the `setup` of BackboneFinetuning freezes
         found = configure_callbacks(self)
         callbacks = list(found) if isinstance(found, Sequence) else [found]
         attached = [*callbacks, *self.trainer.callbacks]  # type: ignore[attr-defined]
@@ -174,6 +178,12 @@ class MultiTaskModule(LightningModule):
         self._evaluation.log_delta_p(self, "test")
 
     # ------------------------------------------------------------ for Lightning
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse to resume from other tasks while no weight is loaded yet; call ``super()`` too."""
+        state = checkpoint.get("callbacks", {}).get(TrainerFlags.__name__)
+        if self._flow is not None and state:
+            self._flow.load_state_dict(state["flow"])
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
         """One micro-batch, and a balanced optimiser step after the last one of a group."""

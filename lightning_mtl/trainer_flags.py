@@ -23,7 +23,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_mtl.flow import Flow, sync_progress
 from lightning_mtl.random_state import get_rng, set_rng
-from lightning_mtl.supported import check_optimizers, check_trainer
+from lightning_mtl.supported import check_optimizers
 
 if TYPE_CHECKING:
     from lightning_mtl.module import MultiTaskModule
@@ -41,14 +41,13 @@ class TrainerFlags(Callback):
     # ------------------------------------------------------------ set-up
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        """Start a flow; everything that is refused is refused here."""
+        """Start a flow, which finds the balancers among the callbacks."""
         self.module.automatic_optimization = False
         self.module._evaluation.reset(self.module)
         if stage != "predict":
             self.module._evaluation.check_baseline(self.module)
         self.flow = self.module._flow = None
         if stage == "fit":
-            check_trainer(trainer, self.module)
             self.flow = self.module._flow = Flow(self.module, trainer)
             self._capture_schedulers()
 
