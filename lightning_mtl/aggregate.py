@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_mtl.balancer import GradientBalancer, LossBalancer
 from lightning_mtl.jacobian import TaskGradients
+from lightning_mtl.loss_balancers import EqualWeighting
 from lightning_mtl.record import StepRecord
 
 
@@ -48,48 +49,71 @@ def aggregate(
     """
     present = [t for t, count in enumerate(counts) if count]
     rows = None if len(present) == len(tasks) else present
-    device = jacobian.device
-    index = torch.tensor(present, device=device)
-    means = torch.tensor([1.0 / counts[t] for t in present], dtype=jacobian.dtype, device=device)
+    # What multiplies the rows: 1 / count, and the loss weights. ``None`` stands for ones.
+    means = omega = weights = None
+    if any(counts[t] != 1 for t in present):
+        means = jacobian.new_tensor([1.0 / counts[t] for t in present])
+    if type(loss_balancer) is not EqualWeighting:
+        with loss_balancer.only(tasks, rows):
+            omega = loss_balancer.loss_weights(losses).to(jacobian)
+    scale = head_weights = _product(means, omega)
     if gramian is not None:
-        gramian = gramian[index][:, index] * torch.outer(means, means)
+        gramian = gramian if rows is None else gramian[rows][:, rows]
+        gramian = gramian if means is None else gramian * torch.outer(means, means)
 
-    with loss_balancer.only(tasks, rows):
-        omega = loss_balancer.loss_weights(losses).to(jacobian)
-    scale = means * omega
-    weights = None
-    head_weights = scale
     with gradient_balancer.only(tasks, rows) if gradient_balancer else nullcontext():
         if gradient_balancer is not None and not gradient_balancer.gramian_weighted:
-            scaled = jacobian if rows is None else jacobian[index]
-            scaled.mul_(scale[:, None])
+            scaled = jacobian if rows is None else jacobian[rows]
+            if scale is not None:
+                scaled.mul_(scale[:, None])
             direction = gradient_balancer.direction(scaled, losses)
-            alignment = scaled @ direction / omega if observed else None
+            alignment = scaled @ direction if observed else None
+            if alignment is not None and omega is not None:
+                alignment = alignment / omega
         else:
             combined = scale
             if gradient_balancer is not None:
                 assert gramian is not None
-                weights = gradient_balancer.weights(gramian * torch.outer(omega, omega), losses)
-                combined = scale * weights.to(scale)
+                weighted = gramian if omega is None else gramian * torch.outer(omega, omega)
+                weights = gradient_balancer.weights(weighted, losses).to(jacobian)
+                combined = _product(scale, weights)
                 head_weights = combined if gradient_balancer.weight_heads else scale
-            whole = (
-                combined
-                if rows is None
-                else combined.new_zeros(len(tasks)).index_copy(0, index, combined)
-            )
-            direction = gradients.combine(whole)
-            alignment = (jacobian @ direction)[index] * means if observed else None
+            direction = gradients.combine(_whole(combined, rows, len(tasks), jacobian))
+            alignment = jacobian @ direction if observed else None
+            if alignment is not None:
+                alignment = _product(alignment if rows is None else alignment[rows], means)
     if share != 1.0:
         direction = direction * share
-        head_weights = head_weights * share
+        head_weights = losses.new_full((len(present),), share) * (
+            1.0 if head_weights is None else head_weights
+        )
     gradients.write_shared(direction)
-    gradients.write_heads(head_weights.new_zeros(len(tasks)).index_copy(0, index, head_weights))
+    if head_weights is not None:
+        head_weights = _whole(head_weights, rows, len(tasks), jacobian)
+    gradients.write_heads(head_weights)
     return StepRecord(
         tasks=tuple(tasks[t] for t in present),
         losses=losses,
-        loss_weights=omega,
+        loss_weights=losses.new_ones(len(present)) if omega is None else omega,
         gradient_weights=weights,
         gramian=gramian,
         alignment=alignment,
         direction_norm=torch.linalg.vector_norm(direction) / share if observed else None,
     )
+
+
+def _product(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+    if first is None or second is None:
+        return second if first is None else first
+    return first * second
+
+
+def _whole(weights: Tensor | None, rows: list[int] | None, size: int, like: Tensor) -> Tensor:
+    """Weights of all tasks, zero for absent ones."""
+    if weights is None:
+        weights = like.new_ones(size if rows is None else len(rows))
+    if rows is None:
+        return weights
+    whole = like.new_zeros(size)
+    whole[rows] = weights
+    return whole

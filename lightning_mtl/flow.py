@@ -68,6 +68,10 @@ class Flow:
         self.loss_balancer = loss or EqualWeighting()
         self.gradient_balancer = gradient if gradient and gradient.needs_jacobian else None
         self.observers = [c for c in callbacks if hasattr(c, "wants_jacobian")]
+        strict = [type(b).__name__ for b in self.balancers if b.requires_positive_losses]
+        self._positive_for = strict[0] if strict else None
+        self._summed: _Group | None = None  # what `record` will tell of a summed backward pass
+        self._record: StepRecord | None = None
         self._gradients: TaskGradients | None = None
         self._saved_shared: list[str] | None = None
         self._saved_trainable: list[str] | None = None
@@ -90,7 +94,8 @@ class Flow:
                 total: Tensor | None = losses.total()
             else:
                 total = self._train(losses, batch_idx)
-        self.module.automatic_optimization = True  # trainer_flags.py says why
+        if not self.module.automatic_optimization:
+            self.module.automatic_optimization = True  # trainer_flags.py says why
         return None if total is None else total.detach()
 
     def _discovery(self) -> AbstractContextManager[Any]:
@@ -109,12 +114,11 @@ class Flow:
         if not module.task_names and isinstance(losses, Mapping):
             module._declare(check_task_names(list(losses)))
             check_tasks(self.balancers, module.task_names)
-        strict = [type(b).__name__ for b in self.balancers if b.requires_positive_losses]
         return read_losses(
             losses,
             module.task_names,
             module.training_tasks,
-            positive_for=strict[0] if strict else None,
+            positive_for=self._positive_for,
             on_bad_loss=module.on_bad_loss,
             step=self.trainer.global_step + 1,
         )
@@ -197,26 +201,38 @@ class Flow:
                 "step takes it for a zero loss, as Lightning would; from the next one on, means "
                 "are taken over the labels that are there, with one backward pass a task."
             )
-        if not losses.tasks:
-            total = losses.total()
-        else:
-            values = losses.stacked()
-            detached = values.detach()
-            weights = group.loss_weights
-            if weights is None:
-                with self.loss_balancer.only(*self._rows(losses.tasks)):
-                    weights = self.loss_balancer.loss_weights(detached).to(values)
-                group.loss_weights = weights
-            elif len(weights) != len(values):
-                weights = weights[losses.tasks]
-            total = values @ weights if every == 1 else values @ weights / every
+        total = self._weighted_sum(losses, group)
+        if losses.tasks:
+            total = total if every == 1 else total / every
             self.module.manual_backward(total)
         if stepping:
-            assert group.loss_weights is not None
-            names = tuple(self.module.training_tasks[t] for t in group.present())
-            means = detached if group.received == 1 else group.mean_losses()
-            self.module.last_step = StepRecord(names, means, group.loss_weights)
+            self._summed = group
         return total
+
+    def _weighted_sum(self, losses: TaskLosses, group: _Group) -> Tensor:
+        if type(self.loss_balancer) is EqualWeighting or not losses.tasks:
+            return losses.total()
+        values = losses.stacked()
+        weights = group.loss_weights
+        if weights is None:
+            with self.loss_balancer.only(*self._rows(losses.tasks)):
+                weights = self.loss_balancer.loss_weights(values.detach()).to(values)
+            group.loss_weights = weights
+        elif len(weights) != len(values):
+            weights = weights[losses.tasks]
+        return values @ weights
+
+    def record(self) -> StepRecord | None:
+        """What the last optimiser step did; put together when somebody asks."""
+        if self._summed is not None:
+            group, self._summed = self._summed, None
+            names = tuple(self.module.training_tasks[t] for t in group.present())
+            means = group.mean_losses()
+            weights = group.loss_weights
+            self._record = StepRecord(
+                names, means, means.new_ones(len(means)) if weights is None else weights
+            )
+        return self._record
 
     def _balance(self, group: _Group) -> None:
         """Balance the task gradients of a whole group and write them to ``.grad``."""
@@ -244,7 +260,8 @@ class Flow:
             return
         if balancer is not None:
             self._warn_zero_gradients([t for t in group.present() if sizes[t] == 0])
-        self.module.last_step = aggregate(
+        self._summed = None
+        self._record = aggregate(
             gradients,
             jacobian,
             group.mean_losses().to(jacobian),
@@ -296,8 +313,9 @@ class Flow:
 
     def _log_losses(self) -> None:
         """Log task losses when the logger is due: ``self.log`` costs too much for every step."""
-        record = self.module.last_step
-        if record is not None and self.trainer._logger_connector.should_update_logs:
+        steps = self.trainer.fit_loop.epoch_loop._batches_that_stepped + 1
+        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined] # set by a connector
+        if every and steps % every == 0 and (record := self.record()) is not None:
             for name, value in zip(record.tasks, record.losses, strict=True):
                 self.module.log(f"train/loss/{name}", value)
 

@@ -58,7 +58,8 @@ class TaskLosses:
 
     def total(self) -> Tensor:
         """The plain sum of the losses."""
-        return self.stacked().sum() if self.values else torch.zeros(())
+        values = [v if v.dtype.itemsize >= 4 else v.float() for v in self.values]
+        return sum(values[1:], values[0]) if values else torch.zeros(())
 
 
 def check_task_names(names: Sequence[str]) -> tuple[str, ...]:
@@ -121,7 +122,8 @@ def read_losses(
             f"{type(losses).__name__}. "
             f"Return one scalar loss for each of {list(declared) or 'your tasks'}."
         )
-    known_tasks(list(losses), declared, "The dict that `task_losses` returned")
+    if not all(task in declared for task in losses):
+        known_tasks(list(losses), declared, "The dict that `task_losses` returned")
     read = TaskLosses([], [], [])
     for index, task in enumerate(active):
         value, count = losses.get(task), 1.0

@@ -65,9 +65,6 @@ class MultiTaskModule(LightningModule):
             of ``lightning-mtl compare``.
         delta_p_metrics: for modules with their own loop, ``{task: {logged name: higher is
             better}}``.
-
-    Attributes:
-        last_step: what the last optimiser step did, a :class:`~lightning_mtl.StepRecord`.
     """
 
     def __init__(
@@ -95,7 +92,6 @@ class MultiTaskModule(LightningModule):
             # Prefixed: an entry of nn.ModuleDict cannot be named like one of its methods.
             self._tasks = nn.ModuleDict({f"task_{name}": task for name, task in tasks.items()})
         self.active_tasks = active_tasks
-        self.last_step: StepRecord | None = None
         self._evaluation = Evaluation(baseline, delta_p_metrics)
         self._flow: Flow | None = None  # made anew by every fit
 
@@ -134,6 +130,11 @@ class MultiTaskModule(LightningModule):
         """Take the names of the first batch for those of the tasks."""
         self._declared = names
         self.active_tasks = self._active  # names them in this order, refuses unknown ones
+
+    @property
+    def last_step(self) -> StepRecord | None:
+        """What the last optimiser step of the fit did; ``None`` before the first."""
+        return self._flow.record() if self._flow is not None else None
 
     def task_losses(self, batch: Any, batch_idx: int) -> Mapping[str, Any]:
         """The loss of every task in a batch; override it for your own training code.

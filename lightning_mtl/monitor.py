@@ -114,7 +114,8 @@ class GradientMonitor(Callback):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Remember the record of the step before this batch."""
-        self._before = pl_module.last_step  # type: ignore[assignment]
+        if self._is_due(trainer.global_step + 1):
+            self._before = pl_module.last_step  # type: ignore[assignment]
 
     def on_train_batch_end(
         self,
@@ -125,12 +126,16 @@ class GradientMonitor(Callback):
         batch_idx: int,
     ) -> None:
         """Log the record that this batch made, if it is one that was asked for."""
+        if (
+            not trainer.loggers
+            or not trainer.is_global_zero
+            or not self._is_due(trainer.global_step)
+        ):
+            return
         before, self._before = self._before, None
         record: Any = pl_module.last_step
-        if record is None or record is before or not self._is_due(trainer.global_step):
+        if record is None or record is before:
             return  # a micro-batch or a skipped step makes no record
-        if not trainer.loggers or not trainer.is_global_zero:
-            return
         metrics = step_metrics(record)
         step = trainer.fit_loop.epoch_loop._batches_that_stepped  # the axis of `self.log`
         for logger in trainer.loggers:

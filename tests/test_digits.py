@@ -225,16 +225,20 @@ def test_the_stopping_rule_waits_for_every_task(tmp_path):
     run = trainer(tmp_path, max_epochs=9, callbacks=[rule])
     run.fit(model, datamodule=data)
     assert run.current_epoch == 3  # the first epoch is the best one, then two without improvement
-    assert rule.best.keys() == {
-        "val/classify/MulticlassAccuracy",
-        "val/reconstruct/MeanSquaredError",
-    }
-    rule.best["val/reconstruct/MeanSquaredError"] = -1.0  # from now on one task improves
-    restored = StopWithoutImprovement(patience=2)
-    restored.load_state_dict(rule.state_dict())
-    run = trainer(tmp_path, max_epochs=1, callbacks=[restored])
-    run.fit(model, datamodule=data)
-    assert (restored.waited, run.should_stop) == (0, False)
+    accuracy, mse = "val/classify/MulticlassAccuracy", "val/reconstruct/MeanSquaredError"
+    assert rule.best.keys() == {accuracy, mse}
+    assert rule.state_dict() == {"waited": 2, "best": rule.best}
+    for best_mse, waited in ((-1.0, 0), (0.0, 2)):  # one task can improve, or none
+        rule.load_state_dict({"waited": 1, "best": {accuracy: 1.0, mse: best_mse}})
+        trainer(tmp_path, max_epochs=1, callbacks=[rule]).fit(model, datamodule=data)
+        assert rule.waited == waited
+
+
+def test_the_learning_rate_falls_along_a_cosine(tmp_path):
+    data = DigitsDataModule(batch_size=8, train_pairs=32, eval_pairs=20)
+    run = trainer(tmp_path, max_steps=3, limit_val_batches=0)
+    run.fit(TwoDigits(lr=0.01, decay_steps=6, width=2, hidden=8), datamodule=data)
+    assert run.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.005)  # halfway
 
 
 # --------------------------------------------------------------------- configs
