@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import statistics
 import time
 from itertools import combinations, pairwise
 from pathlib import Path
@@ -61,7 +60,7 @@ class CurveRecorder(Callback):
 
 
 class StepTimer(Callback):
-    """Median wall time of an optimiser step, loading of data included; ends the training.
+    """Wall time of optimiser steps, loading of data included; ends the training.
 
     Args:
         warm_up: steps before the first that counts.
@@ -71,7 +70,7 @@ class StepTimer(Callback):
 
     most = 2000
 
-    def __init__(self, warm_up: int = 10, least: int = 30, seconds: float = 2.0) -> None:
+    def __init__(self, warm_up: int = 10, least: int = 30, seconds: float = 0.5) -> None:
         self.warm_up = warm_up
         self.least = least
         self.seconds = seconds
@@ -88,8 +87,8 @@ class StepTimer(Callback):
         if len(measured) > self.least and measured[-1][1] - measured[0][1] >= self.seconds:
             trainer.should_stop = True
 
-    def median_ms(self) -> float:
-        """Median in milliseconds; evaluation between two epochs does not count.
+    def durations(self) -> list[float]:
+        """Seconds of every step that counts; evaluation between two epochs does not.
 
         Raises:
             RuntimeError: the training ended before there were two steps.
@@ -101,7 +100,7 @@ class StepTimer(Callback):
             raise RuntimeError(
                 f"Expected at least 2 optimiser steps to time but found {len(ends)}."
             )
-        return round(1000 * statistics.median(steps), 4)
+        return steps
 
 
 class PeakMemory(Callback):

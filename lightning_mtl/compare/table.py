@@ -51,7 +51,7 @@ class Row:
         delta_p: mean over tasks, over seeds; ``None`` when it is not defined.
         task_delta_p: by task, over seeds.
         step_ms: median time of an optimiser step.
-        step_ratio: that time by the time of equal weighting.
+        step_ratio: that time by the time of equal weighting in the same process.
         peak_mb: peak memory above what the process held before.
         errors: what went wrong, by run.
         runs: metrics of each finished run, by seed.
@@ -119,13 +119,13 @@ def summarise(
             row.errors[record["run"]] = record["error"]
         elif record["kind"] == "timing":
             row.step_ms, row.peak_mb = record["step_ms"], record["peak_mb"]
+            row.step_ratio = 1.0 if row.kind == "equal" else record["step_ratio"]
         elif record["kind"] == "train":
             row.runs.setdefault(record["seed"], {}).update(record["metrics"])
     for row in rows.values():
         row.metrics = _metrics(row, directions)
     summary = Summary(directions, list(rows.values()), {m: curves[m] for m in rows if m in curves})
     _add_delta_p(summary)
-    _add_ratio(summary)
     return summary
 
 
@@ -159,13 +159,6 @@ def _add_delta_p(summary: Summary) -> None:
             spread = Spread.of([run[task] for run in found])
             if spread is not None:
                 row.task_delta_p[task] = spread
-
-
-def _add_ratio(summary: Summary) -> None:
-    equal = next((row.step_ms for row in summary.methods if row.kind == "equal"), None)
-    for row in summary.methods:
-        if equal and row.step_ms is not None:
-            row.step_ratio = row.step_ms / equal
 
 
 def baseline_json(summary: Summary) -> str:

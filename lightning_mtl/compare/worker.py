@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import signal
+import statistics
 import sys
 import threading
 import time
@@ -134,9 +135,26 @@ def _metrics(run: Run, job: Job, logged: Mapping[str, Any]) -> dict[str, dict[st
 
 
 def _time(run: Run, job: Job) -> dict[str, Any]:
-    """A short training for the time of a step and the peak of memory."""
-    timer, memory = StepTimer(), PeakMemory()
-    callbacks = callbacks_from(run.method, job.methods[run.method])
+    """Short trainings for the time of a step and the peak of memory.
+
+    The method and equal weighting take turns in this process, so that a machine that is slower for
+    a while slows both: their ratio means more than either time.
+    """
+    memory = PeakMemory()
+    first, equal = _steps(run, job, job.methods[run.method], memory), _steps(run, job, [])
+    again, equal_again = _steps(run, job, job.methods[run.method]), _steps(run, job, [])
+    step, reference = statistics.median(first + again), statistics.median(equal + equal_again)
+    return {
+        "step_ms": round(1000 * step, 4),
+        "step_ratio": round(step / reference, 4),
+        "peak_mb": memory.peak_mb,
+    }
+
+
+def _steps(run: Run, job: Job, specs: Sequence[Mapping[str, Any]], *more: Callback) -> list[float]:
+    """Seconds of every optimiser step of a short training."""
+    timer = StepTimer()
+    callbacks = [*callbacks_from(run.method, specs), *more, timer]
     short = {
         "max_steps": timer.most,
         "max_epochs": -1,
@@ -144,6 +162,6 @@ def _time(run: Run, job: Job) -> dict[str, Any]:
         "min_steps": None,
         "limit_val_batches": 1,
     }
-    cli = RunCLI(job.config, run.seed, [*callbacks, memory, timer], short, may_stop_early=False)
+    cli = RunCLI(job.config, run.seed, callbacks, short, may_stop_early=False)
     cli.trainer.fit(cli.model, datamodule=cli.datamodule)
-    return {"step_ms": timer.median_ms(), "peak_mb": memory.peak_mb}
+    return timer.durations()
