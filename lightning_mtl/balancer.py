@@ -45,8 +45,7 @@ class Balancer(Callback):
             name: the attribute that holds it.
             default: its first value, a tensor, a number or a plain container. With ``per_task`` a
                 number: what the entries of a task hold before the task has been seen; the
-                    attribute stays ``None``
-                until :meth:`per_task_state` creates it.
+                attribute stays ``None`` until :meth:`per_task_state` creates it.
             per_task: the first dimension is the task. Entries of a task that is absent from a step
                 stay as they are.
         """
@@ -83,9 +82,8 @@ class Balancer(Callback):
         return ValueError(
             f"{type(self).__name__} expected its state `{name}` in shape {expected} but found "
             f"{tuple(state.shape)}: it belongs to a run with other tasks or other shared "
-            f"parameters. "
-            f"Resume with the same model, or call `reset()` on the balancer to start its state "
-            f"afresh."
+            f"parameters. Resume with the same model, or call `reset()` on the balancer to start "
+            f"its state afresh."
         )
 
     def reset(self) -> None:
@@ -168,16 +166,15 @@ class Balancer(Callback):
             if before != now:
                 rank_zero_warn(
                     f"{type(self).__name__} was saved with `{name}={before}` and continues with "
-                    f"`{name}={now}`; "
-                    f"its state is kept. Pass `{name}={before}` to continue the saved run."
+                    f"`{name}={now}`; its state is kept. Pass `{name}={before}` to continue the "
+                    f"saved run."
                 )
         unknown = set(state_dict["state"]) ^ set(self._defaults)
         if unknown:
             raise ValueError(
                 f"{type(self).__name__} expected the states {sorted(self._defaults)} but the "
-                f"checkpoint holds "
-                f"{sorted(state_dict['state'])}. It was written by another version: resume with "
-                f"that one."
+                f"checkpoint holds {sorted(state_dict['state'])}. It was written by another "
+                f"version: resume with that one."
             )
         for name, value in state_dict["state"].items():
             setattr(self, name, _copy(value))

@@ -111,10 +111,8 @@ class Evaluation:
         if not directions:
             raise ValueError(
                 f"Expected `delta_p_metrics` beside `baseline` but found none: "
-                f"{type(module).__name__} "
-                f"computes its own losses, so Δp has no metrics. Give "
-                f"{{task: {{logged name: higher is "
-                f"better}}}}, or leave out `baseline`."
+                f"{type(module).__name__} computes its own losses, so Δp has no metrics. Give "
+                f"{{task: {{logged name: higher is better}}}}, or leave out `baseline`."
             )
         baseline = self._compared(module, directions)
         _check_names("task", directions, baseline)
@@ -160,11 +158,9 @@ class Evaluation:
         name = name if stage == "val" else name.replace("val", stage, 1)
         if name not in logged:
             raise ValueError(
-                f"Expected the metric '{name}' of task '{task}' (from `delta_p_metrics`) among "
-                f"the logged "
-                f"ones but found {sorted(logged)}. Log it with `self.log('{name}', ...)` before "
-                f"the epoch "
-                f"ends, and call `super().on_validation_epoch_end()` last."
+                f"Expected the metric '{name}' of task '{task}' (from `delta_p_metrics`) among the "
+                f"logged ones but found {sorted(logged)}. Log it with `self.log('{name}', ...)` "
+                f"before the epoch ends, and call `super().on_validation_epoch_end()` last."
             )
         return logged[name]
 
@@ -186,8 +182,7 @@ def _split(module: MultiTaskModule, batch: Any) -> tuple[Any, Mapping[str, Any]]
     if not (isinstance(batch, (tuple, list)) and len(batch) == 2 and isinstance(batch[1], Mapping)):
         raise TypeError(
             f"Expected a batch (inputs, {{task: target}}) but got {type(batch).__name__}. Change "
-            f"the "
-            f"dataset, or override `task_losses(self, batch, batch_idx)`."
+            f"the dataset, or override `task_losses(self, batch, batch_idx)`."
         )
     return batch[0], batch[1]
 

@@ -100,9 +100,8 @@ class TaskGradients:
         if len(devices) > 1:
             raise ValueError(
                 f"Expected the shared parameters on one device but found them on "
-                f"{sorted(map(str, devices))}. "
-                f"Keep the shared trunk on one device, or return the part on one from "
-                f"`shared_parameters()`."
+                f"{sorted(map(str, devices))}. Keep the shared trunk on one device, or return the "
+                f"part on one from `shared_parameters()`."
             )
         self.shared = shared
         names = set(shared)

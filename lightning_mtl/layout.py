@@ -44,20 +44,17 @@ def shared_names(
         if other:
             raise ValueError(
                 f"Expected the trainable parameters of the checkpoint in {type(module).__name__} "
-                f"but "
-                f"{other[:4]} {'are' if len(other) > 1 else 'is'} missing, frozen or unfrozen now. "
-                f"Resume with the model and the frozen parameters of the saved run, or start from "
-                f"its weights with `load_from_checkpoint` and `fit` without `ckpt_path`."
+                f"but {other[:4]} {'are' if len(other) > 1 else 'is'} missing, frozen or unfrozen "
+                f"now. Resume with the model and the frozen parameters of the saved run, or start "
+                f"from its weights with `load_from_checkpoint` and `fit` without `ckpt_path`."
             )
         if chosen is not None and set(chosen) != set(saved):
             changed = sorted(set(chosen) ^ set(saved))
             raise ValueError(
                 f"Expected the {len(saved)} shared parameters of the checkpoint but "
                 f"`shared_parameters()` returns {len(chosen)}; they differ in {changed[:4]}. "
-                f"Resume "
-                f"with those of the saved run, or start from its weights with "
-                f"`load_from_checkpoint` "
-                f"and `fit` without `ckpt_path`."
+                f"Resume with those of the saved run, or start from its weights with "
+                f"`load_from_checkpoint` and `fit` without `ckpt_path`."
             )
         return saved
     return chosen

@@ -86,8 +86,7 @@ def known_tasks(given: Sequence[str], declared: Sequence[str], argument: str) ->
     if unknown:
         raise ValueError(
             f"{argument} names the unknown task{'s' * (len(unknown) > 1)} {unknown}; the module "
-            f"declares "
-            f"{list(declared)}. Correct the name, or declare the task in `tasks`."
+            f"declares {list(declared)}. Correct the name, or declare the task in `tasks`."
         )
 
 
@@ -119,8 +118,8 @@ def read_losses(
     if not isinstance(losses, Mapping):
         raise TypeError(
             f"Expected `task_losses` to return a dict {{task: loss}} but got "
-            f"{type(losses).__name__}. "
-            f"Return one scalar loss for each of {list(declared) or 'your tasks'}."
+            f"{type(losses).__name__}. Return one scalar loss for each of "
+            f"{list(declared) or 'your tasks'}."
         )
     if not all(task in declared for task in losses):
         known_tasks(list(losses), declared, "The dict that `task_losses` returned")
@@ -134,22 +133,20 @@ def read_losses(
         if not isinstance(value, Tensor):
             raise TypeError(
                 f"Expected the loss of task '{task}' to be a tensor but got "
-                f"{type(value).__name__}. "
-                f"Return the loss itself, not `.item()`; for a task without labels return None."
+                f"{type(value).__name__}. Return the loss itself, not `.item()`; for a task "
+                f"without labels return None."
             )
         if value.numel() != 1:
             raise ValueError(
                 f"Expected the loss of task '{task}' to be a scalar but got shape "
-                f"{tuple(value.shape)}. "
-                f"Reduce it, for example with `.mean()`."
+                f"{tuple(value.shape)}. Reduce it, for example with `.mean()`."
             )
         if not value.requires_grad:
             raise ValueError(
-                f"Expected the loss of task '{task}' to have a graph but it does not depend on "
-                f"any trainable "
-                f"parameter. Return None for a task without labels, leave it out with "
-                f"`active_tasks`, and look "
-                f"for `.detach()`, `torch.no_grad()` or a fully frozen model."
+                f"Expected the loss of task '{task}' to have a graph but it does not depend on any "
+                f"trainable parameter. Return None for a task without labels, leave it out with "
+                f"`active_tasks`, and look for `.detach()`, `torch.no_grad()` or a fully frozen "
+                f"model."
             )
         read.tasks.append(index)
         read.values.append(value.reshape(()))

@@ -20,8 +20,7 @@ def step_metrics(record: StepRecord) -> dict[str, float]:
 
     With :math:`g_t` the gradient of task :math:`t` before any weighting and :math:`d` the
     direction: ``grad_norm/<t>`` is :math:`\lVert g_t \rVert`; ``grad_cosine/<a>-<b>`` the cosine
-        of two task
-    gradients; ``conflict_rate`` the share of task pairs with a negative one;
+    of two task gradients; ``conflict_rate`` the share of task pairs with a negative one;
     ``angle_to_direction/<t>`` the angle between :math:`g_t` and :math:`d` in degrees (over 90 the
     step raises that task's loss, to first order); ``loss_weight/<t>`` and ``gradient_weight/<t>``
     the weights that the balancers gave. All begin with ``mtl/``.
@@ -80,13 +79,13 @@ class GradientMonitor(Callback):
     """
 
     def __init__(self, every_n_steps: int = 50) -> None:
-        if not isinstance(every_n_steps, int) or every_n_steps < 1:
+        if type(every_n_steps) is not int or every_n_steps < 1:
             raise ValueError(
                 f"Expected argument `every_n_steps` of GradientMonitor to be a whole number from 1 "
                 f"on but got {every_n_steps!r}. Pass 1 to log every optimiser step."
             )
         self.every_n_steps = every_n_steps
-        self._before: StepRecord | None = None
+        self._steps_before = 0
 
     def wants_jacobian(self, trainer: Trainer, pl_module: LightningModule) -> bool:
         """Whether the coming optimiser step will be logged, so that it needs task gradients."""
@@ -100,8 +99,7 @@ class GradientMonitor(Callback):
             raise TypeError(
                 f"Expected GradientMonitor to watch a MultiTaskModule but found "
                 f"{type(pl_module).__name__}. Let it inherit from lightning_mtl.MultiTaskModule, "
-                f"or "
-                f"remove the callback."
+                f"or remove the callback."
             )
         if not trainer.loggers:
             rank_zero_warn(
@@ -113,9 +111,8 @@ class GradientMonitor(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Remember the record of the step before this batch."""
-        if self._is_due(trainer.global_step + 1):
-            self._before = pl_module.last_step  # type: ignore[assignment]
+        """Note how many steps were made before this batch."""
+        self._steps_before = trainer.global_step
 
     def on_train_batch_end(
         self,
@@ -132,10 +129,9 @@ class GradientMonitor(Callback):
             or not self._is_due(trainer.global_step)
         ):
             return
-        before, self._before = self._before, None
+        if trainer.global_step == self._steps_before:
+            return  # a micro-batch, or a step that was skipped
         record: Any = pl_module.last_step
-        if record is None or record is before:
-            return  # a micro-batch or a skipped step makes no record
         metrics = step_metrics(record)
         step = trainer.fit_loop.epoch_loop._batches_that_stepped  # the axis of `self.log`
         for logger in trainer.loggers:

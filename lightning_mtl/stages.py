@@ -32,8 +32,7 @@ def attached_balancers(
             reason = f" {hybrid[0]} balances losses and gradients by itself." if hybrid else ""
             raise MisconfigurationException(
                 f"Expected at most one {stage} balancer among the Trainer's callbacks but found "
-                f"{names}."
-                f"{reason} Keep one of them."
+                f"{names}.{reason} Keep one of them."
             )
     return (loss[0] if loss else None), (gradient[0] if gradient else None)
 

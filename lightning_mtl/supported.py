@@ -72,7 +72,6 @@ def check_optimizers(trainer: Trainer, module: MultiTaskModule) -> None:
         if isinstance(optimizer, torch.optim.LBFGS):
             raise MisconfigurationException(
                 f"LBFGS is not supported with {type(module).__name__}: it evaluates the losses "
-                f"several times "
-                f"a step, and balancing happens once. Use a first-order optimizer such as SGD or "
-                f"AdamW."
+                f"several times a step, and balancing happens once. Use a first-order optimizer "
+                f"such as SGD or AdamW."
             )

@@ -23,10 +23,8 @@ class Task(nn.Module):
             ``higher_is_better`` gives Δp its sign.
         target: the key of this task's target in the batch; by default the task's own name.
         count: ``count(target)`` returns the number of valid labels in a batch. Give it when labels
-            are
-            missing: a batch with none leaves the task out, and means over micro-batches are then
-                weighted
-            by valid labels.
+            are missing: a batch with none leaves the task out, and means over micro-batches are
+            then weighted by valid labels.
 
     Example:
         >>> import torch

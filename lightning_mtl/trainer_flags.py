@@ -111,11 +111,10 @@ class TrainerFlags(Callback):
         loaders = trainer.fit_loop._combined_loader.flattened  # type: ignore[union-attr]
         if not all(hasattr(loader, "load_state_dict") for loader in loaders):
             rank_zero_warn(
-                "Resuming with a training loader that cannot save its position: it starts over, "
-                "so this run "
-                "sees other batches than one that never stopped. For an exact resume give the "
-                "loader "
-                "`state_dict` and `load_state_dict` (for example torchdata's StatefulDataLoader)."
+                "Resuming with a training loader that cannot save its position: it starts over, so "
+                "this run sees other batches than one that never stopped. For an exact resume give "
+                "the loader `state_dict` and `load_state_dict` (for example torchdata's "
+                "StatefulDataLoader)."
             )
 
     def on_train_batch_start(

@@ -202,8 +202,8 @@ def build(config: str, **kwargs: Any) -> RunCLI:
     if trainer.num_devices * trainer.num_nodes > 1:
         raise CompareError(
             f"Expected one device a run but {config} asks for "
-            f"{trainer.num_devices * trainer.num_nodes}. "
-            f"Set `trainer.devices: 1`; runs go side by side with --workers."
+            f"{trainer.num_devices * trainer.num_nodes}. Set `trainer.devices: 1`; runs go side by "
+            f"side with --workers."
         )
     if not isinstance(model, MultiTaskModule):
         raise CompareError(
