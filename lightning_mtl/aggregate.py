@@ -8,7 +8,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from lightning_mtl.balancer import GradientBalancer, LossBalancer
+from lightning_mtl.balancer import Balancer, GradientBalancer, LossBalancer
 from lightning_mtl.jacobian import TaskGradients
 from lightning_mtl.loss_balancers import EqualWeighting
 from lightning_mtl.record import StepRecord
@@ -55,7 +55,7 @@ def aggregate(
         means = jacobian.new_tensor([1.0 / counts[t] for t in present])
     if type(loss_balancer) is not EqualWeighting:
         with loss_balancer.only(tasks, rows):
-            omega = loss_balancer.loss_weights(losses).to(jacobian)
+            omega = checked(loss_balancer.loss_weights(losses), loss_balancer, losses)
     scale = head_weights = _product(means, omega)
     if gramian is not None:
         gramian = gramian if rows is None else gramian[rows][:, rows]
@@ -63,6 +63,7 @@ def aggregate(
 
     with gradient_balancer.only(tasks, rows) if gradient_balancer else nullcontext():
         if gradient_balancer is not None and not gradient_balancer.gramian_weighted:
+            every_column = True  # an average of earlier steps moves what this one does not reach
             scaled = jacobian if rows is None else jacobian[rows]
             if scale is not None:
                 scaled.mul_(scale[:, None])
@@ -75,9 +76,11 @@ def aggregate(
             if gradient_balancer is not None:
                 assert gramian is not None
                 weighted = gramian if omega is None else gramian * torch.outer(omega, omega)
-                weights = gradient_balancer.weights(weighted, losses).to(jacobian)
+                weights = gradient_balancer.weights(weighted, losses)
+                weights = checked(weights, gradient_balancer, losses)
                 combined = _product(scale, weights)
                 head_weights = combined if gradient_balancer.weight_heads else scale
+            every_column = False
             direction = gradients.combine(_whole(combined, rows, len(tasks), jacobian))
             alignment = jacobian @ direction if observed else None
             if alignment is not None:
@@ -87,7 +90,7 @@ def aggregate(
         head_weights = losses.new_full((len(present),), share) * (
             1.0 if head_weights is None else head_weights
         )
-    gradients.write_shared(direction)
+    gradients.write_shared(direction, every_column=every_column)
     if head_weights is not None:
         head_weights = _whole(head_weights, rows, len(tasks), jacobian)
     gradients.write_heads(head_weights)
@@ -100,6 +103,27 @@ def aggregate(
         alignment=alignment,
         direction_norm=torch.linalg.vector_norm(direction) / share if observed else None,
     )
+
+
+def checked(weights: Tensor, balancer: Balancer, losses: Tensor) -> Tensor:
+    """Weights as a finite vector of one number a task, in the dtype of ``losses``.
+
+    Raises:
+        ValueError: another shape, or a weight that is not finite.
+    """
+    name, tasks = type(balancer).__name__, list(balancer.tasks)
+    if weights.shape != losses.shape:
+        raise ValueError(
+            f"Expected {name} to return one weight for each of {tasks}, shape "
+            f"{tuple(losses.shape)}, but got shape {tuple(weights.shape)}."
+        )
+    if not weights.isfinite().all():
+        raise ValueError(
+            f"Expected finite weights from {name} but got {weights.tolist()} for {tasks} with the "
+            f"losses {losses.tolist()}. No parameter was changed. Look at the scale of the losses, "
+            f"or use another balancer."
+        )
+    return weights.detach().to(losses)
 
 
 def _product(first: Tensor | None, second: Tensor | None) -> Tensor | None:

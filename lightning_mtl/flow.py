@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,41 +13,24 @@ from lightning.pytorch.trainer import call
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from lightning_mtl.aggregate import aggregate
+from lightning_mtl.aggregate import aggregate, checked
+from lightning_mtl.group import Group
 from lightning_mtl.jacobian import TaskGradients
 from lightning_mtl.layout import check_frozen, no_shared, shared_names, trainable
 from lightning_mtl.loss_balancers import EqualWeighting
-from lightning_mtl.losses import TaskLosses, bad_gradients, check_task_names, read_losses
+from lightning_mtl.losses import (
+    TaskLosses,
+    all_finite,
+    bad_gradients,
+    bad_sum,
+    check_task_names,
+    read_losses,
+)
 from lightning_mtl.record import StepRecord
 from lightning_mtl.stages import attached_balancers, check_tasks
 
 if TYPE_CHECKING:
     from lightning_mtl.module import MultiTaskModule
-
-
-@dataclass
-class _Group:
-    """The micro-batches of one optimiser step so far."""
-
-    one_backward: bool
-    observed: bool
-    loss_sums: list[Tensor | None]
-    counts: list[float]
-    loss_weights: Tensor | None = None
-    received: int = 0
-    skip: bool = False
-    dropped: bool = False
-
-    def present(self) -> list[int]:
-        return [t for t, count in enumerate(self.counts) if count]
-
-    def mean_losses(self) -> Tensor:
-        """Mean losses of the tasks that are present, in at least float32."""
-        means = []
-        for total, count in zip(self.loss_sums, self.counts, strict=True):
-            if count and total is not None:
-                means.append(total if count == 1 else total / count)
-        return torch.stack(means)
 
 
 class Flow:
@@ -70,12 +52,14 @@ class Flow:
         self.observers = [c for c in callbacks if hasattr(c, "wants_jacobian")]
         strict = [type(b).__name__ for b in self.balancers if b.requires_positive_losses]
         self._positive_for = strict[0] if strict else None
-        self._summed: _Group | None = None  # what `record` will tell of a summed backward pass
+        self._summed: Group | None = None  # what `record` will tell of a summed backward pass
         self._record: StepRecord | None = None
         self._gradients: TaskGradients | None = None
         self._saved_shared: list[str] | None = None
         self._saved_trainable: list[str] | None = None
-        self._group: _Group | None = None
+        self._group: Group | None = None
+        self._observed = False
+        self._told = False
         self._first_done = False
         self._uneven = False  # whether label counts or absent tasks were met under accumulation
         self._zero_gradient: set[str] = set()
@@ -86,24 +70,27 @@ class Flow:
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
         """One micro-batch, and a balanced optimiser step after the last one of a group."""
+        if self._group is None or batch_idx % self.trainer.accumulate_grad_batches == 0:
+            self._group = None  # a group that was cut short does not go on in another epoch
+            asked = [o.wants_jacobian(self.trainer, self.module) for o in self.observers]
+            self._observed = any(asked)  # every observer is asked, none is skipped
         with self._discovery():
             losses = self._read_losses(batch, batch_idx)
         # The forward pass ran under autocast; from here on the arithmetic is exact.
         with _without_autocast(self.module.device.type):
-            if self.trainer.fit_loop._skip_backward:  # weight averaging refreshes BatchNorm
-                total: Tensor | None = losses.total()
-            else:
-                total = self._train(losses, batch_idx)
+            # Lightning's weight averaging refreshes BatchNorm by forward passes alone.
+            if not self.trainer.fit_loop._skip_backward:
+                self._train(losses, batch_idx)
+            total = losses.total(detach=True) if losses.tasks else None
         if not self.module.automatic_optimization:
             self.module.automatic_optimization = True  # trainer_flags.py says why
-        return None if total is None else total.detach()
+        return total
 
     def _discovery(self) -> AbstractContextManager[Any]:
         """Compiled graphs give zeros where there is no path; find shared parameters without."""
-        unknown = self.gradient_balancer is not None and not (
-            self._gradients is not None and self._gradients.known
-        )
-        if unknown and "torch._dynamo" in sys.modules:
+        known = self._gradients is not None and self._gradients.known
+        rows = self._observed or self.gradient_balancer is not None
+        if rows and not known and "torch._dynamo" in sys.modules:
             stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
             return stance
         return nullcontext()
@@ -123,20 +110,13 @@ class Flow:
             step=self.trainer.global_step + 1,
         )
 
-    def _train(self, losses: TaskLosses, batch_idx: int) -> Tensor | None:
+    def _train(self, losses: TaskLosses, batch_idx: int) -> None:
         stepping = not self.trainer.fit_loop._should_accumulate()
         if self._group is None:
             self._group = self._begin_group(losses, single=stepping)
             self._zero_grad(batch_idx)
         group = self._group
-        group.received += 1
-        group.skip |= losses.skip
-        group.dropped |= losses.dropped
-        for t, value, count, _ in losses:
-            value = value.detach() if count == 1 else value.detach() * count
-            before = group.loss_sums[t]
-            group.loss_sums[t] = value if before is None else before + value
-            group.counts[t] += count
+        group.add(losses)
         if stepping:
             self._group = None
             group.skip |= not any(group.counts) or not self._all_seen(group)
@@ -144,27 +124,37 @@ class Flow:
         if stepping and not group.skip:
             self._step_optimizers(batch_idx, total)
             self._log_losses()
-        return total
+        if group.dropped and not self._told:
+            self._told = True
+            rank_zero_warn(
+                f"A loss or a gradient of optimiser step {self.trainer.global_step + group.skip} "
+                f"cannot be used and is left out, as `on_bad_loss='{self.module.on_bad_loss}'` "
+                f"asks. It is said once; `on_bad_loss='raise'` names the task and the reason."
+            )
 
-    def _begin_group(self, losses: TaskLosses, *, single: bool) -> _Group:
+    def _begin_group(self, losses: TaskLosses, *, single: bool) -> Group:
         """Decide for one optimiser step whether one summed backward pass is enough."""
         num_tasks = len(self.module.training_tasks)
-        asked = [o.wants_jacobian(self.trainer, self.module) for o in self.observers]
-        observed = any(asked)  # every observer is asked, none is skipped
-        rows = observed or self.gradient_balancer is not None
+        rows = self._observed or self.gradient_balancer is not None
         if not single:
             self._uneven |= losses.uneven(num_tasks)
             rows = rows or self._uneven or self.loss_balancer.needs_current_losses
         if rows:
-            self._task_gradients().begin()
-        return _Group(not rows, observed, [None] * num_tasks, [0.0] * num_tasks)
+            gradients = self._task_gradients()
+            gradients.begin()
+            if single and len(losses.tasks) == num_tasks and not gradients.known:
+                gradients.discover(losses.values)
+        return Group(not rows, self._observed, [None] * num_tasks, [0.0] * num_tasks)
 
-    def _all_seen(self, group: _Group) -> bool:
+    def _all_seen(self, group: Group) -> bool:
         """Whether every task has been met once, without which heads look like shared ones."""
-        tasks, module = self.module.training_tasks, self.module
+        known = self._gradients is not None and self._gradients.known
+        if self._first_done and (known or self.gradient_balancer is None):
+            return True
+        tasks = self.module.training_tasks
         unseen = [tasks[t] for t, count in enumerate(group.counts) if not count]
-        given = self._saved_shared is not None or module.shared_parameters() is not None
-        if self._first_done or not unseen or given:
+        given = self._saved_shared is not None or self.module.shared_parameters() is not None
+        if not unseen or given:
             self._first_done = True
         elif not group.dropped:
             raise ValueError(
@@ -173,11 +163,11 @@ class Flow:
                 f"it out with `active_tasks`, or override `shared_parameters()` if a task may be "
                 f"missing from the first step."
             )
-        return self._first_done
+        return not unseen or given
 
     # ------------------------------------------------------------ backward pass
 
-    def _backward(self, losses: TaskLosses, group: _Group, stepping: bool) -> Tensor:
+    def _backward(self, losses: TaskLosses, group: Group, stepping: bool) -> Tensor:
         """Backward of one micro-batch inside Lightning's hooks; at the last, write ``.grad``."""
         if group.one_backward:
             return self._one_backward(losses, group, stepping)
@@ -191,10 +181,11 @@ class Flow:
         self.trainer.precision_plugin.post_backward(total, self.module)
         return total
 
-    def _one_backward(self, losses: TaskLosses, group: _Group, stepping: bool) -> Tensor:
+    def _one_backward(self, losses: TaskLosses, group: Group, stepping: bool) -> Tensor:
         """Backward of the weighted sum: balancing losses costs what plain training does."""
         every = self.trainer.accumulate_grad_batches
-        if every > 1 and not self._uneven and losses.uneven(len(group.counts)):
+        alone = stepping and group.received == 1
+        if every > 1 and not (alone or self._uneven) and losses.uneven(len(group.counts)):
             self._uneven = True
             rank_zero_warn(
                 "A task is missing from a micro-batch, or brings a label count. This optimiser "
@@ -206,17 +197,34 @@ class Flow:
             total = total if every == 1 else total / every
             self.module.manual_backward(total)
         if stepping:
+            self._refuse_bad_sum(group)
             self._summed = group
         return total
 
-    def _weighted_sum(self, losses: TaskLosses, group: _Group) -> Tensor:
+    def _refuse_bad_sum(self, group: Group) -> None:
+        """Leave the step out when the gradient of the summed losses is not finite."""
+        grads = [
+            grad
+            for optimizer in self.trainer.optimizers
+            for parameters in optimizer.param_groups
+            for p in parameters["params"]
+            if (grad := p.grad) is not None and grad.layout is torch.strided
+        ]
+        if not all_finite(grads):
+            names = [self.module.training_tasks[t] for t in group.present()]
+            rule, step = self.module.on_bad_loss, self.trainer.global_step + 1
+            bad_sum(names, on_bad_loss=rule, step=step)
+            group.skip = group.dropped = True
+
+    def _weighted_sum(self, losses: TaskLosses, group: Group) -> Tensor:
         if type(self.loss_balancer) is EqualWeighting or not losses.tasks:
             return losses.total()
         values = losses.stacked()
         weights = group.loss_weights
         if weights is None:
             with self.loss_balancer.only(*self._rows(losses.tasks)):
-                weights = self.loss_balancer.loss_weights(values.detach()).to(values)
+                weights = self.loss_balancer.loss_weights(values.detach())
+            weights = checked(weights, self.loss_balancer, values.detach())
             group.loss_weights = weights
         elif len(weights) != len(values):
             weights = weights[losses.tasks]
@@ -225,16 +233,11 @@ class Flow:
     def record(self) -> StepRecord | None:
         """What the last optimiser step did; put together when somebody asks."""
         if self._summed is not None:
-            group, self._summed = self._summed, None
-            names = tuple(self.module.training_tasks[t] for t in group.present())
-            means = group.mean_losses()
-            weights = group.loss_weights
-            self._record = StepRecord(
-                names, means, means.new_ones(len(means)) if weights is None else weights
-            )
+            self._record = self._summed.record(self.module.training_tasks)
+            self._summed = None
         return self._record
 
-    def _balance(self, group: _Group) -> None:
+    def _balance(self, group: Group) -> None:
         """Balance the task gradients of a whole group and write them to ``.grad``."""
         gradients, balancer = self._task_gradients(), self.gradient_balancer
         discovered = not gradients.known
@@ -254,6 +257,7 @@ class Flow:
             gradients.drop(t)
             jacobian[t].zero_()
             group.counts[t] = 0
+            group.dropped = True
             group.skip |= rule == "skip_step" or not any(group.counts)
             gramian = None if gramian is None else jacobian @ jacobian.T
         if group.skip:
@@ -273,6 +277,8 @@ class Flow:
             share=group.received / self.trainer.accumulate_grad_batches,
             observed=group.observed,
         )
+        if discovered and len(group.present()) < len(tasks):
+            self._gradients = None  # found without one of the tasks: look again at the next step
 
     def _warn_zero_gradients(self, zero: list[int]) -> None:
         names = {self.module.training_tasks[t] for t in zero} - self._zero_gradient
@@ -313,9 +319,11 @@ class Flow:
 
     def _log_losses(self) -> None:
         """Log task losses when the logger is due: ``self.log`` costs too much for every step."""
-        steps = self.trainer.fit_loop.epoch_loop._batches_that_stepped + 1
-        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined] # set by a connector
-        if every and steps % every == 0 and (record := self.record()) is not None:
+        trainer = self.trainer
+        steps = trainer.fit_loop.epoch_loop._batches_that_stepped + 1
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined] # set by a connector
+        due = trainer.is_last_batch or (every and steps % every == 0)
+        if due and not trainer.barebones and (record := self.record()) is not None:
             for name, value in zip(record.tasks, record.losses, strict=True):
                 self.module.log(f"train/loss/{name}", value)
 
@@ -327,7 +335,7 @@ class Flow:
 
     def _task_gradients(self) -> TaskGradients:
         if self._gradients is None:
-            parameters = trainable(self.module)
+            parameters = trainable(self.module, self.trainer.optimizers)
             saved = self._saved_shared, self._saved_trainable
             shared = shared_names(self.module, parameters, *saved)
             num_tasks = len(self.module.training_tasks)
@@ -337,7 +345,7 @@ class Flow:
     def check_frozen(self) -> None:
         """Refuse parameters that were frozen or unfrozen since the first step."""
         if self._gradients is not None and self._gradients.known:
-            check_frozen(self.module, self._gradients)
+            check_frozen(self.module, self.trainer.optimizers, self._gradients)
 
     def release(self) -> None:
         """Free the buffers when the fit is over; the layout stays."""
@@ -350,6 +358,7 @@ class Flow:
         """Tasks and layout, as plain containers."""
         known = self._gradients is not None and self._gradients.known
         return {
+            "declared": list(self.module.task_names),
             "tasks": list(self.module.training_tasks),
             "trainable": list(self._gradients.parameters) if known else self._saved_trainable,  # type: ignore[union-attr]
             "shared": self._gradients.shared if known else self._saved_shared,  # type: ignore[union-attr]
@@ -359,6 +368,8 @@ class Flow:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue with the saved layout; refuses other tasks."""
+        if not self.module.task_names and state["declared"]:
+            self.module._declare(tuple(state["declared"]))
         saved, tasks = state["tasks"], list(self.module.training_tasks)
         if tasks and saved and saved != tasks:
             raise ValueError(

@@ -47,6 +47,17 @@ class TaskGradients:
         """Start a new optimiser step."""
         self._written = [False] * self.num_tasks
         self._heads = [{} for _ in range(self.num_tasks)]
+        self._reached = [False] * len(self.shared or ())
+
+    def discover(self, losses: Sequence[Tensor]) -> None:
+        """Find the shared parameters from the graphs of all tasks' losses, before any gradient."""
+        names = {id(p): name for name, p in self.parameters.items()}
+        reached = [{names[i] for i in reachable(loss) if i in names} for loss in losses]
+        self._fix(self._shared_of(reached))
+
+    def _shared_of(self, reached: Sequence[set[str]]) -> list[str]:
+        needed = min(2, self.num_tasks)
+        return [n for n in self._order if sum(n in names for names in reached) >= needed]
 
     def add(self, task: int, loss: Tensor, *, retain_graph: bool) -> None:
         """Add the gradient of ``loss``, a scalar, to row ``task``."""
@@ -55,6 +66,11 @@ class TaskGradients:
         split = len(self.shared) if self.shared is not None else 0
         if split:
             self._add_to_row(task, grads[:split])
+        if not split and any(g is not None and g.layout != torch.strided for g in grads):
+            raise ValueError(
+                "Expected dense gradients but found sparse ones. Use nn.Embedding(sparse=False), "
+                "or train without a gradient balancer."
+            )
         heads = self._heads[task]
         for name, grad in zip(self._order[split:], grads[split:], strict=True):
             if grad is not None:
@@ -65,7 +81,10 @@ class TaskGradients:
         views = self._row_views[task]
         present = [g for g in grads if g is not None]
         into = views
-        if len(present) < len(views):
+        if len(present) == len(views):
+            self._reached = [True] * len(views)
+        else:
+            self._reached = [r or g is not None for r, g in zip(self._reached, grads, strict=True)]
             into = [v for v, g in zip(views, grads, strict=True) if g is not None]
             if not self._written[task]:
                 self.rows[task].zero_()  # type: ignore[index]
@@ -84,9 +103,7 @@ class TaskGradients:
     def finish(self) -> Tensor:
         """The Jacobian of the step, shape ``(T, P)``; rows of tasks that added nothing are zero."""
         if self.shared is None:
-            reached = [set(heads) for heads in self._heads]
-            needed = min(2, self.num_tasks)
-            self._fix([n for n in self._order if sum(n in r for r in reached) >= needed])
+            self._fix(self._shared_of([set(heads) for heads in self._heads]))
         assert self.rows is not None
         for task, written in enumerate(self._written):
             if not written:
@@ -115,20 +132,26 @@ class TaskGradients:
         self._row_views = [_views(row, chosen) for row in self.rows]
         self._direction = torch.zeros(total, dtype=dtype, device=device)
         self._direction_views = _views(self._direction, chosen)
+        self._reached = [any(name in heads for heads in self._heads) for name in shared]
         for task, heads in enumerate(self._heads):
             found = {name: heads.pop(name) for name in shared if name in heads}
             for name, view in zip(shared, self._row_views[task], strict=True):
                 if name in found:
                     view.copy_(found[name])
 
-    def write_shared(self, direction: Tensor) -> None:
+    def write_shared(self, direction: Tensor, *, every_column: bool) -> None:
         """Make ``direction``, shape ``(P,)``, the ``.grad`` of the shared parameters.
 
         The gradients are views of one buffer with each parameter's own strides, as fused
-        optimizers expect.
+        optimizers expect. Parameters that no task reached in this step keep none, as in plain
+        training, unless ``every_column``.
         """
-        self._direction.copy_(direction)
-        for name, view in zip(self.shared or (), self._direction_views, strict=True):
+        if direction is not self._direction:
+            self._direction.copy_(direction)
+        columns = zip(self.shared or (), self._direction_views, self._reached, strict=True)
+        for name, view, reached in columns:
+            if not (reached or every_column):
+                continue
             parameter = self.parameters[name]
             parameter.grad = view if view.dtype == parameter.dtype else view.to(parameter.dtype)
 
@@ -143,19 +166,21 @@ class TaskGradients:
         Args:
             weights: shape ``(T,)``; ``None`` for ones.
         """
+        factors = [1.0] * self.num_tasks if weights is None else weights.tolist()
         assigned: set[str] = set()
         for task, heads in enumerate(self._heads):
             if not heads:
                 continue
-            grads = list(heads.values())
-            if weights is not None:
-                grads = list(torch._foreach_mul(grads, weights[task].to(grads[0].dtype)))
+            # Always a copy: two parameters may have got one tensor, or one with stride 0, from
+            # autograd, and clipping works in place.
+            grads = torch._foreach_mul(list(heads.values()), factors[task])
             for name, grad in zip(heads, grads, strict=True):
                 parameter = self.parameters[name]
                 # A parameter outside the rows may still belong to several tasks: their sum.
                 before = parameter.grad if name in assigned else None
                 parameter.grad = grad if before is None else before + grad
                 assigned.add(name)
+        self._heads = [{} for _ in range(self.num_tasks)]
 
     def head_sizes(self) -> list[float]:
         """A number for each task that is not finite where a gradient outside its row is not."""
@@ -163,9 +188,29 @@ class TaskGradients:
         norms = iter(torch.stack(torch._foreach_norm(grads)).tolist() if grads else ())
         return [sum(next(norms) for _ in heads) for heads in self._heads]
 
-    def head_names(self) -> set[str]:
-        """Names of the parameters outside the rows that this step reached."""
-        return set().union(*self._heads)
+
+def reachable(loss: Tensor) -> set[int]:
+    """Ids of the leaves that a loss depends on, from its graph.
+
+    Raises:
+        ValueError: reentrant activation checkpointing hides a part of the graph.
+    """
+    todo, seen, leaves = [loss.grad_fn], set(), set()
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node.name() == "CheckpointFunctionBackward":
+            raise ValueError(
+                "Expected the whole graph of the losses but found reentrant activation "
+                "checkpointing, which hides the parameters inside from task gradients. Call "
+                "`torch.utils.checkpoint.checkpoint(..., use_reentrant=False)`."
+            )
+        if hasattr(node, "variable"):
+            leaves.add(id(node.variable))
+        todo += [following for following, _ in node.next_functions]
+    return leaves
 
 
 def _views(flat: Tensor, parameters: Iterable[nn.Parameter]) -> list[Tensor]:

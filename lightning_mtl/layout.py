@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -12,9 +12,10 @@ if TYPE_CHECKING:
     from lightning_mtl.module import MultiTaskModule
 
 
-def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Trainable parameters by name, each once."""
-    return {name: p for name, p in module.named_parameters() if p.requires_grad}
+def trainable(module: nn.Module, optimizers: Sequence[Any]) -> dict[str, nn.Parameter]:
+    """Parameters that an optimizer trains, by name, each once."""
+    owned = {id(p) for o in optimizers for group in o.param_groups for p in group["params"]}
+    return {name: p for name, p in module.named_parameters() if p.requires_grad and id(p) in owned}
 
 
 def shared_names(
@@ -87,9 +88,11 @@ def no_shared(module: MultiTaskModule, balancer: str) -> str:
     )
 
 
-def check_frozen(module: MultiTaskModule, gradients: TaskGradients) -> None:
+def check_frozen(
+    module: MultiTaskModule, optimizers: Sequence[Any], gradients: TaskGradients
+) -> None:
     """Refuse parameters that were frozen or unfrozen since the shared ones were found."""
-    now, before = set(trainable(module)), set(gradients.parameters)
+    now, before = set(trainable(module, optimizers)), set(gradients.parameters)
     if now != before:
         changed = sorted(now ^ before)
         raise ValueError(

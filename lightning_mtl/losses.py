@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -56,9 +57,10 @@ class TaskLosses:
         """The losses as one vector in at least float32."""
         return torch.stack([v if v.dtype.itemsize >= 4 else v.float() for v in self.values])
 
-    def total(self) -> Tensor:
-        """The plain sum of the losses."""
-        values = [v if v.dtype.itemsize >= 4 else v.float() for v in self.values]
+    def total(self, *, detach: bool = False) -> Tensor:
+        """The plain sum of the losses, in at least float32."""
+        values = [v.detach() for v in self.values] if detach else self.values
+        values = [v if v.dtype.itemsize >= 4 else v.float() for v in values]
         return sum(values[1:], values[0]) if values else torch.zeros(())
 
 
@@ -127,7 +129,7 @@ def read_losses(
     for index, task in enumerate(active):
         value, count = losses.get(task), 1.0
         if isinstance(value, tuple):
-            value, count = value[0], float(value[1])
+            value, count = _with_count(task, value)
         if value is None or count == 0:
             continue
         if not isinstance(value, Tensor):
@@ -227,3 +229,45 @@ def bad_gradients(
             f"{_LOOK}"
         )
     return bad
+
+
+def bad_sum(tasks: Sequence[str], *, on_bad_loss: OnBadLoss, step: int) -> None:
+    """Refuse the gradient of a summed loss, in which the task at fault cannot be told.
+
+    Raises:
+        BadLossError: with ``on_bad_loss="raise"``.
+    """
+    if on_bad_loss == "raise":
+        raise BadLossError(
+            f"Expected finite gradients at optimiser step {step} but the gradient of the summed "
+            f"losses of {list(tasks)} is not, though each loss is. No parameter was changed. "
+            f"{_LOOK} With GradientMonitor(every_n_steps=1) among the callbacks this message names "
+            f"the task."
+        )
+
+
+def all_finite(tensors: list[Tensor]) -> bool:
+    """Whether every number in some float tensors of one device is finite, in one pass."""
+    if not tensors:
+        return True
+    found, one = _flags(tensors[0].device)
+    torch._amp_foreach_non_finite_check_and_unscale_(tensors, found.zero_(), one)
+    return not found.item()
+
+
+@functools.cache
+def _flags(device: torch.device) -> tuple[Tensor, Tensor]:
+    zero = torch.zeros((), dtype=torch.float32, device=device)
+    return zero, zero + 1
+
+
+def _with_count(task: str, value: tuple[Any, ...]) -> tuple[Any, float]:
+    """Mean and number of valid labels from a pair."""
+    if len(value) == 2 and isinstance(value[1], (int, float, Tensor)):
+        count = float(value[1])
+        if count >= 0 and count < float("inf"):
+            return value[0], count
+    raise ValueError(
+        f"Expected the loss of task '{task}' as a scalar or as (mean, number of valid labels), a "
+        f"finite number of at least 0, but got {value!r}."
+    )

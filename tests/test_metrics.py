@@ -295,6 +295,13 @@ def test_a_gradient_without_direction_is_not_counted(bad):
     assert rate.compute().item() == 1 / 4  # one pair, then three
 
 
+@pytest.mark.parametrize("square", [0.0, math.inf])
+def test_a_norm_out_of_range_gives_no_cosine(square):
+    """The square of a norm leaves the range of float32 before the inner products do."""
+    cosines = gradient_cosines(torch.tensor([[4.0, 1.0], [1.0, square]]))
+    assert cosines.isnan().tolist() == [[False, True], [True, True]]
+
+
 def test_one_task_has_a_norm_and_no_pair():
     matrix = torch.tensor([[9.0]])
     for metric, value in ((GradientNorm(1), 3.0), (GradientCosine(1), 1.0)):

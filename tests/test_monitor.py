@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
@@ -153,3 +154,67 @@ def test_wrong_interval(every: Any) -> None:
 def test_another_module_is_refused() -> None:
     with pytest.raises(TypeError, match="watch a MultiTaskModule but found Plain"):
         trainer(callbacks=[GradientMonitor()]).fit(Plain(), loader(), loader(16))
+
+
+class Gaps(Balanced):
+    """Task `b` is absent from every second batch."""
+
+    def task_losses(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+        losses = dict(super().task_losses(batch, batch_idx))
+        return losses if batch_idx % 2 == 0 else {"a": losses["a"]}
+
+
+def test_absent_tasks_are_left_out(tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path)
+    run = trainer(callbacks=[MinNorm(), GradientMonitor(1)], logger=logger)
+    run.fit(Gaps(), loader(), loader(16))
+    assert [step for step, _ in rows_of(logger, "mtl/grad_norm/a")] == list(range(20))
+    for key in ("mtl/grad_norm/b", "mtl/gradient_weight/b", "mtl/conflict_rate"):
+        assert [step for step, _ in rows_of(logger, key)] == list(range(0, 20, 2))
+
+
+class TwoBad(Balanced):
+    """The losses of the sixth and the seventh batch cannot be used."""
+
+    def task_losses(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+        losses = dict(super().task_losses(batch, batch_idx))
+        return {t: v * float("nan") for t, v in losses.items()} if batch_idx in (5, 6) else losses
+
+
+@pytest.mark.filterwarnings("ignore:A loss or a gradient of optimiser step 6 cannot be used")
+def test_a_skipped_step_is_not_logged_again(tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path)
+    run = trainer(callbacks=[MinNorm(), GradientMonitor(5)], logger=logger)
+    run.fit(TwoBad(on_bad_loss="skip_step"), loader(), loader(16))
+    assert run.global_step == 18
+    norms = [value for _, value in rows_of(logger, "mtl/grad_norm/a")]
+    assert len(norms) == len(set(norms)) == 4  # steps 1, 5, 10 and 15
+
+
+def test_the_axis_is_that_of_self_log(tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path)
+    run = trainer(callbacks=[GradientMonitor(5)], logger=logger, log_every_n_steps=5)
+    run.fit(Balanced(), loader(), loader(16))
+    own = [step for step, _ in rows_of(logger, "mtl/grad_norm/a")]
+    assert [step for step, _ in rows_of(logger, "train/loss/a")] == own[1:] == [4, 9, 14, 19]
+
+
+def test_watching_does_not_change_training(tmp_path: Path) -> None:
+    alone, watched = Balanced(), Balanced()
+    trainer(callbacks=[LogLoss()]).fit(alone, loader(), loader(16))
+    run = trainer(callbacks=[LogLoss(), GradientMonitor(1)], logger=CSVLogger(tmp_path))
+    run.fit(watched, loader(), loader(16))
+    torch.testing.assert_close(weights(watched), weights(alone), atol=1e-6, rtol=0)
+
+
+def test_mixed_precision(tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path)
+    flags = {"precision": "bf16-mixed", "logger": logger}
+    trainer(callbacks=[MinNorm(), GradientMonitor(10)], **flags).fit(Balanced(), loader(), None)
+    assert len(rows_of(logger, "mtl/angle_to_direction/a")) == 3
+
+
+def test_barebones_warns_and_trains() -> None:
+    run = {"barebones": True, "accelerator": "cpu", "max_epochs": 1}
+    with pytest.warns(UserWarning, match="the Trainer has none.*not `barebones=True`"):
+        Trainer(callbacks=[GradientMonitor(1)], **run).fit(Balanced(), loader())

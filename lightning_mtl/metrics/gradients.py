@@ -33,8 +33,7 @@ def gradient_cosines(gramian: Tensor) -> Tensor:
     """
     norms = gradient_norms(gramian)
     norms = norms.where((norms > 0) & norms.isfinite(), torch.nan)
-    # two divisions: the product of two large or two small norms can leave the range of the dtype
-    return (gramian.to(norms.dtype) / norms[:, None] / norms[None, :]).clamp(-1, 1)
+    return (gramian.to(norms.dtype) / torch.outer(norms, norms)).clamp(-1, 1)
 
 
 def conflict_rate(gramian: Tensor) -> Tensor:

@@ -1,0 +1,69 @@
+"""The micro-batches of one optimiser step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_mtl.losses import TaskLosses
+from lightning_mtl.record import StepRecord
+
+
+@dataclass
+class Group:
+    """What the micro-batches of an optimiser step have brought so far.
+
+    Attributes:
+        one_backward: whether each takes one backward pass of the weighted sum.
+        observed: whether a callback asked for the task gradients of this step.
+        loss_sums: sums of the losses times their counts, by task.
+        counts: sums of the counts, 0 for a task that is absent.
+        loss_weights: weights of the loss balancer with one backward pass; ``None`` for ones.
+        received: number of micro-batches.
+        skip: whether the step is to be left out.
+        dropped: whether a bad loss was left out.
+    """
+
+    one_backward: bool
+    observed: bool
+    loss_sums: list[Tensor | None]
+    counts: list[float]
+    loss_weights: Tensor | None = None
+    received: int = 0
+    skip: bool = False
+    dropped: bool = False
+
+    def add(self, losses: TaskLosses) -> None:
+        """Count a micro-batch."""
+        self.received += 1
+        self.skip |= losses.skip
+        self.dropped |= losses.dropped
+        for t, value, count, _ in losses:
+            value = value.detach() if count == 1 else value.detach() * count
+            before = self.loss_sums[t]
+            self.loss_sums[t] = value if before is None else before + value
+            self.counts[t] += count
+
+    def present(self) -> list[int]:
+        """Indices of the tasks that are there."""
+        return [t for t, count in enumerate(self.counts) if count]
+
+    def mean_losses(self) -> Tensor:
+        """Mean losses of the tasks that are there."""
+        means = []
+        for total, count in zip(self.loss_sums, self.counts, strict=True):
+            if count and total is not None:
+                means.append(total if count == 1 else total / count)
+        return torch.stack(means)
+
+    def record(self, tasks: Sequence[str]) -> StepRecord:
+        """The record of a step that took one backward pass."""
+        means, weights = self.mean_losses(), self.loss_weights
+        return StepRecord(
+            tasks=tuple(tasks[t] for t in self.present()),
+            losses=means,
+            loss_weights=means.new_ones(len(means)) if weights is None else weights,
+        )
