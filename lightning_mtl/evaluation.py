@@ -71,12 +71,27 @@ class Evaluation:
             losses[name] = loss if count is None else (loss, count)
         return losses
 
-    def step(self, module: MultiTaskModule, batch: Any, batch_idx: int, stage: str) -> None:
+    def step(
+        self, module: MultiTaskModule, batch: Any, batch_idx: int, stage: str, dataloader_idx: int
+    ) -> None:
         """Log losses and metrics of one batch."""
+        if dataloader_idx > 0:
+            raise NotImplementedError(
+                f"Expected one {stage} loader but found another: metrics would mix them. Join the "
+                f"datasets, or override `{'validation' if stage == 'val' else stage}_step`."
+            )
         if not module.tasks:
-            for name, loss in module.task_losses(batch, batch_idx).items():
+            losses = module.task_losses(batch, batch_idx)
+            if not isinstance(losses, Mapping):
+                raise TypeError(
+                    f"Expected `task_losses` to return a dict {{task: loss}} but got "
+                    f"{type(losses).__name__}."
+                )
+            for name, loss in losses.items():
                 value, size = loss if isinstance(loss, tuple) else (loss, None)
-                if value is not None:
+                active = not module.training_tasks or name in module.training_tasks
+                if active and value is not None and size != 0:
+                    size = None if size is None else int(size)
                     module.log(f"{stage}/loss/{name}", value, batch_size=size, on_epoch=True)
             return
         inputs, targets = _split(module, batch)
@@ -153,9 +168,17 @@ class Evaluation:
         module: MultiTaskModule, task: str, name: str, stage: str, logged: Mapping[str, Tensor]
     ) -> Tensor:
         if module.tasks:
-            value: Tensor = module.tasks[task].stage(stage)[metric_key(task, name)].compute()
+            metric: Any = module.tasks[task].stage(stage)[metric_key(task, name)]
+            if metric.update_count == 0:
+                raise ValueError(
+                    f"Expected labels of task '{task}' in the {stage} data but its metric "
+                    f"'{metric_key(task, name)}' saw none, so Δp is not defined. Add such data, or "
+                    f"leave the task out with `active_tasks`."
+                )
+            value: Tensor = metric.compute()
             return value
-        name = name if stage == "val" else name.replace("val", stage, 1)
+        if stage != "val" and name.startswith("val"):
+            name = stage + name.removeprefix("val")
         if name not in logged:
             raise ValueError(
                 f"Expected the metric '{name}' of task '{task}' (from `delta_p_metrics`) among the "

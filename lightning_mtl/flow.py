@@ -242,7 +242,7 @@ class Flow:
         gradients, balancer = self._task_gradients(), self.gradient_balancer
         discovered = not gradients.known
         jacobian = gradients.finish()
-        if discovered and balancer is not None and jacobian.shape[1] == 0:
+        if balancer is not None and jacobian.shape[1] == 0:
             raise ValueError(no_shared(self.module, type(balancer).__name__))
         gramian = None
         if group.observed or (balancer is not None and balancer.gramian_weighted):
@@ -322,7 +322,8 @@ class Flow:
         trainer = self.trainer
         steps = trainer.fit_loop.epoch_loop._batches_that_stepped + 1
         every = trainer.log_every_n_steps  # type: ignore[attr-defined] # set by a connector
-        due = trainer.is_last_batch or (every and steps % every == 0)
+        # At an epoch's end also without a logger, for callbacks that watch `train/loss/<task>`.
+        due = trainer.is_last_batch or (trainer.loggers and every and steps % every == 0)
         if due and not trainer.barebones and (record := self.record()) is not None:
             for name, value in zip(record.tasks, record.losses, strict=True):
                 self.module.log(f"train/loss/{name}", value)

@@ -26,11 +26,11 @@ def _with_flags(
 ) -> Callable[[MultiTaskModule], list[Callback]]:
     @functools.wraps(configure_callbacks)
     def configured(self: MultiTaskModule) -> list[Callback]:
-        if self.trainer.state.fn == TrainerFn.FITTING:
-            check_trainer(self.trainer, self)  # before the `setup` of BackboneFinetuning freezes
         found = configure_callbacks(self)
         callbacks = list(found) if isinstance(found, Sequence) else [found]
         attached = [*callbacks, *self.trainer.callbacks]  # type: ignore[attr-defined]
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            check_trainer(self.trainer, self, attached)  # before BackboneFinetuning's `setup`
         if not any(isinstance(c, TrainerFlags) and c.module is self for c in attached):
             callbacks.append(TrainerFlags(self))
         # From here until `setup`, Lightning validates flags that suit automatic optimisation.
@@ -41,7 +41,33 @@ def _with_flags(
             )
         return callbacks
 
+    configured.attaches_flags = True  # type: ignore[attr-defined]
     return configured
+
+
+def _with_skip(on_train_batch_start: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(on_train_batch_start)
+    def started(self: MultiTaskModule, *args: Any, **kwargs: Any) -> Any:
+        result = on_train_batch_start(self, *args, **kwargs)
+        if result == -1:  # no batch follows that would end the manual phase
+            self.automatic_optimization = True
+        return result
+
+    return started
+
+
+def _check_tasks(tasks: Mapping[str, Any]) -> None:
+    for name, task in tasks.items():
+        if not isinstance(task, Task):
+            raise TypeError(
+                f"Expected task '{name}' to be a Task but got {type(task).__name__}. Wrap its "
+                f"loss: Task(loss, metrics)."
+            )
+    if len({id(task) for task in tasks.values()}) < len(tasks):
+        raise ValueError(
+            f"Expected a Task of its own for each of {list(tasks)} but found one under two names, "
+            f"which would mix their metrics. Make a new Task for each."
+        )
 
 
 class MultiTaskModule(LightningModule):
@@ -85,10 +111,12 @@ class MultiTaskModule(LightningModule):
         self.automatic_optimization = False
         self.on_bad_loss = on_bad_loss
         self._declared: tuple[str, ...] | None = None
+        self._active: tuple[str, ...] | None = None
         self._tasks = nn.ModuleDict()
         if tasks is not None:
             self._declared = check_task_names(list(tasks) if isinstance(tasks, Mapping) else tasks)
         if isinstance(tasks, Mapping):
+            _check_tasks(tasks)
             # Prefixed: an entry of nn.ModuleDict cannot be named like one of its methods.
             self._tasks = nn.ModuleDict({f"task_{name}": task for name, task in tasks.items()})
         self.active_tasks = active_tasks
@@ -114,6 +142,9 @@ class MultiTaskModule(LightningModule):
 
     @active_tasks.setter
     def active_tasks(self, names: Sequence[str] | None) -> None:
+        running = getattr(self, "_flow", None) is not None and self.trainer.training
+        if running and self._declared is not None and names != self._active:
+            raise RuntimeError("Expected `active_tasks` to stay during a fit. Set it before `fit`.")
         if names is not None:
             names = check_task_names(names)
             if self._declared is not None:
@@ -160,15 +191,18 @@ class MultiTaskModule(LightningModule):
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Update and log losses and metrics of every active task."""
-        self._evaluation.step(self, batch, batch_idx, "val")
+        self._evaluation.step(self, batch, batch_idx, "val", dataloader_idx)
 
     def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Update and log losses and metrics of every active task."""
-        self._evaluation.step(self, batch, batch_idx, "test")
+        self._evaluation.step(self, batch, batch_idx, "test", dataloader_idx)
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
         """Predictions of every task for the inputs of a batch."""
-        return self(batch[0] if self.tasks and isinstance(batch, (tuple, list)) else batch)
+        pair = isinstance(batch, (tuple, list)) and bool(self.tasks)
+        if pair and (len(batch) == 1 or isinstance(batch[1], Mapping)):
+            return self(batch[0])
+        return self(batch)
 
     def on_validation_epoch_end(self) -> None:
         """Log Δp when there is a baseline; call ``super()`` last when you override it."""
@@ -183,7 +217,7 @@ class MultiTaskModule(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse to resume from other tasks while no weight is loaded yet; call ``super()`` too."""
         state = checkpoint.get("callbacks", {}).get(TrainerFlags.__name__)
-        if self._flow is not None and state:
+        if self._flow is not None and state and self.trainer.state.fn == TrainerFn.FITTING:
             self._flow.load_state_dict(state["flow"])
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
@@ -201,7 +235,9 @@ class MultiTaskModule(LightningModule):
         return []
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Attach our callback to whatever ``configure_callbacks`` a subclass defines."""
+        """Attach our callback to whatever ``configure_callbacks`` a subclass or mixin defines."""
         super().__init_subclass__(**kwargs)
-        if "configure_callbacks" in vars(cls):
+        if not hasattr(cls.configure_callbacks, "attaches_flags"):
             cls.configure_callbacks = _with_flags(cls.configure_callbacks)  # type: ignore[method-assign]
+        if "on_train_batch_start" in vars(cls):
+            cls.on_train_batch_start = _with_skip(cls.on_train_batch_start)  # type: ignore[method-assign]

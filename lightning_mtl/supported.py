@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,7 +31,7 @@ _CURES = {
 }
 
 
-def check_trainer(trainer: Trainer, module: MultiTaskModule) -> None:
+def check_trainer(trainer: Trainer, module: MultiTaskModule, callbacks: Sequence[Callback]) -> None:
     """Refuse combinations that would train something else than the user asked for."""
     from lightning_mtl.module import MultiTaskModule
 
@@ -41,7 +42,7 @@ def check_trainer(trainer: Trainer, module: MultiTaskModule) -> None:
             f"it to `task_losses(self, batch, batch_idx)` and return a dict {{task: loss}} instead "
             f"of their sum."
         )
-    for callback in trainer.callbacks:  # type: ignore[attr-defined] # set by a connector
+    for callback in callbacks:
         if not isinstance(callback, Callback):
             raise MisconfigurationException(
                 f"Expected callbacks of the `lightning` package but found "

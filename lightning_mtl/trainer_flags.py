@@ -19,6 +19,7 @@ from lightning.pytorch.core.optimizer import (
     _validate_optimizers_attached,
     _validate_scheduler_api,
 )
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_mtl.flow import Flow, sync_progress
@@ -42,12 +43,14 @@ class TrainerFlags(Callback):
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         """Start a flow, which finds the balancers among the callbacks."""
+        if pl_module is not self.module:
+            return  # another module runs under the same Trainer now
         self.module.automatic_optimization = False
         self.module._evaluation.reset(self.module)
         if stage != "predict":
             self.module._evaluation.check_baseline(self.module)
-        self.flow = self.module._flow = None
         if stage == "fit":
+            self._rng = None
             self.flow = self.module._flow = Flow(self.module, trainer)
             self._capture_schedulers()
 
@@ -55,6 +58,7 @@ class TrainerFlags(Callback):
         """Parse the schedulers as automatic mode would; manual mode drops ``monitor``."""
         module = self.module
         self._release_schedulers()
+        self._schedulers = None
         original = module.configure_optimizers
         self._had_own = "configure_optimizers" in vars(module)
 
@@ -81,6 +85,8 @@ class TrainerFlags(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Put the schedulers in place; Lightning does its bookkeeping as in automatic mode."""
+        if pl_module is not self.module:
+            return
         self._release_schedulers()
         if self._schedulers is not None:
             trainer.strategy.lr_scheduler_configs = self._schedulers
@@ -93,18 +99,22 @@ class TrainerFlags(Callback):
             self.flow.release()
 
     def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
-        """Leave ``configure_optimizers`` as it was."""
+        """Leave ``configure_optimizers`` as it was, and free the buffers."""
         self._release_schedulers()
+        self.teardown(trainer, pl_module, "fit")
 
     # ---------------------------------------------------------- training
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Continue with the random state of a checkpoint."""
+        if pl_module is not self.module:
+            return
         sync_progress(trainer)
         if self._rng is not None:
             set_rng(self._rng)
             self._rng = None
             self._warn_if_loader_restarts(trainer)
+            self._restore_loader(trainer.fit_loop)
 
     @staticmethod
     def _warn_if_loader_restarts(trainer: Trainer) -> None:
@@ -117,10 +127,24 @@ class TrainerFlags(Callback):
                 "StatefulDataLoader)."
             )
 
+    @staticmethod
+    def _restore_loader(loop: Any) -> None:
+        """Load a loader's position that Lightning has left aside.
+
+        It does so when ``configure_optimizers`` reads ``estimated_stepping_batches``, which sets
+        up the loaders before the checkpoint is read.
+        """
+        if loop._combined_loader_states_to_load:
+            loop._combined_loader._load_state_dicts(loop._combined_loader_states_to_load)
+            loop._combined_loader_states_to_load = []
+            iter(loop._data_fetcher)
+
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int
     ) -> None:
         """Let Lightning run the batch through the manual loop."""
+        if pl_module is not self.module:
+            return
         if batch_idx == 0:  # every `on_train_epoch_start`, where users unfreeze, has run by now
             assert self.flow is not None
             self.flow.check_frozen()
@@ -136,6 +160,7 @@ class TrainerFlags(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` saved."""
-        if self.flow is not None and state_dict:  # else it is validation or test that loads
+        fitting = self.module.trainer.state.fn == TrainerFn.FITTING
+        if self.flow is not None and state_dict and fitting:  # not validation that loads
             self.flow.load_state_dict(state_dict["flow"])
             self._rng = state_dict["rng"]

@@ -25,6 +25,9 @@ from lightning_mtl.losses import BadLossError
 from tests.faulty import Fault, Faulty, batches, change, fitted, parameters, same, state, without
 from tests.models import Balanced, Network, trainer
 
+# What is left out is said once; tests/test_edges.py checks that.
+pytestmark = pytest.mark.filterwarnings("ignore:A loss or a gradient of optimiser step")
+
 BALANCERS: dict[str, list[type]] = {
     "none": [],
     "LogLoss": [LogLoss],
