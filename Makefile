@@ -42,7 +42,7 @@ types: install  ## mypy, strict, over the package
 test: install  ## all fast tests
 	$(BIN)/python -m pytest -m "not slow"
 
-test-slow: install  ## the long runs: many kills, whole comparisons
+test-slow: install test-lowest  ## the long runs: many kills, a browser, the oldest versions
 	$(BIN)/python -m pytest -m slow
 
 # The oldest versions that pyproject.toml admits, in an environment of their own. What they call
@@ -60,7 +60,8 @@ docs: install  ## build the pages (warnings are errors) and run their examples
 
 demo: install  ## two digits, every balancer, three seeds; report in demo_results/
 	$(BIN)/lightning-mtl compare --config examples/digits/compare.yaml \
-		--balancers examples/digits/balancers.yaml --seeds 3 --workers 2 --out demo_results
+		--balancers examples/digits/balancers.yaml --seeds 3 --workers 2 --split test \
+		--out demo_results
 
 bench: install  ## step time and memory beside plain Lightning
 	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done

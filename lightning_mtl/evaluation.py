@@ -177,8 +177,7 @@ class Evaluation:
                 )
             value: Tensor = metric.compute()
             return value
-        if stage != "val" and name.startswith("val"):
-            name = stage + name.removeprefix("val")
+        name = in_stage(name, stage)
         if name not in logged:
             raise ValueError(
                 f"Expected the metric '{name}' of task '{task}' (from `delta_p_metrics`) among the "
@@ -186,6 +185,11 @@ class Evaluation:
                 f"before the epoch ends, and call `super().on_validation_epoch_end()` last."
             )
         return logged[name]
+
+
+def in_stage(name: str, stage: str) -> str:
+    """What a metric logged as ``val...`` in validation is called in another stage."""
+    return stage + name.removeprefix("val") if name.startswith(("val/", "val_")) else name
 
 
 def metric_key(task: str, name: str) -> str:

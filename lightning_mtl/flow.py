@@ -27,6 +27,7 @@ from lightning_mtl.losses import (
     read_losses,
 )
 from lightning_mtl.record import StepRecord
+from lightning_mtl.resume import sync_progress
 from lightning_mtl.stages import attached_balancers, check_tasks
 
 if TYPE_CHECKING:
@@ -387,15 +388,3 @@ def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
     if torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()
-
-
-def sync_progress(trainer: Trainer) -> None:
-    """Make both of Lightning's step counts agree, whatever mode ``global_step`` is read in.
-
-    Several optimizers count as one step, and a checkpoint of automatic optimisation resumes at its
-    step.
-    """
-    loop = trainer.fit_loop.epoch_loop
-    steps = loop.automatic_optimization.optim_progress.optimizer_steps
-    total = loop.manual_optimization.optim_step_progress.total
-    total.ready = total.completed = steps

@@ -20,10 +20,9 @@ from lightning.pytorch.core.optimizer import (
     _validate_scheduler_api,
 )
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from lightning_mtl.flow import Flow, sync_progress
-from lightning_mtl.random_state import get_rng, set_rng
+from lightning_mtl.flow import Flow
+from lightning_mtl.resume import get_rng, restore_loader, set_rng, sync_progress
 from lightning_mtl.supported import check_optimizers
 
 if TYPE_CHECKING:
@@ -113,31 +112,7 @@ class TrainerFlags(Callback):
         if self._rng is not None:
             set_rng(self._rng)
             self._rng = None
-            self._warn_if_loader_restarts(trainer)
-            self._restore_loader(trainer.fit_loop)
-
-    @staticmethod
-    def _warn_if_loader_restarts(trainer: Trainer) -> None:
-        loaders = trainer.fit_loop._combined_loader.flattened  # type: ignore[union-attr]
-        if not all(hasattr(loader, "load_state_dict") for loader in loaders):
-            rank_zero_warn(
-                "Resuming with a training loader that cannot save its position: it starts over, so "
-                "this run sees other batches than one that never stopped. For an exact resume give "
-                "the loader `state_dict` and `load_state_dict` (for example torchdata's "
-                "StatefulDataLoader)."
-            )
-
-    @staticmethod
-    def _restore_loader(loop: Any) -> None:
-        """Load a loader's position that Lightning has left aside.
-
-        It does so when ``configure_optimizers`` reads ``estimated_stepping_batches``, which sets
-        up the loaders before the checkpoint is read.
-        """
-        if loop._combined_loader_states_to_load:
-            loop._combined_loader._load_state_dicts(loop._combined_loader_states_to_load)
-            loop._combined_loader_states_to_load = []
-            iter(loop._data_fetcher)
+            restore_loader(trainer)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int

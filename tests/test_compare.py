@@ -454,3 +454,15 @@ def test_time_left_counts_each_kind_by_itself():
     record = {"status": "finished", "kind": "timing", "seconds": 2.0, "step_ms": 1, "peak_mb": None}
     line = progress.line(Run("timing", "mine", 0), record)
     assert line == "[3/6] mine, timing: 1.00 ms a step | 20 s so far, about 10 s left"
+
+
+def test_a_config_that_changes_meanwhile_is_not_mixed(tmp_path: Path):
+    options = files(tmp_path)
+    process = start(tmp_path, *options, "--seeds", "1")
+    assert process.stdout.readline().startswith("9 runs")  # it has read the request
+    changed_config = {**CONFIG, "trainer": {"max_epochs": 1, "accelerator": "cpu"}}
+    (tmp_path / "C.yaml").write_text(yaml.safe_dump(changed_config))
+    stdout, _ = process.communicate()
+    assert process.returncode == 1
+    assert "Expected C.yaml as it was when the comparison started" in stdout
+    assert {record["steps"] for record in numbers(tmp_path).values()} <= {36}

@@ -139,8 +139,16 @@ def write(path: Path, content: str | bytes) -> None:
 def source_hash(cls: type) -> str:
     """Hash of the file that defines a class: results of older code must not mix with new ones."""
     try:
-        return hashlib.sha256(Path(inspect.getfile(cls)).read_bytes()).hexdigest()[:16]
-    except (OSError, TypeError):
+        return file_hash(inspect.getfile(cls))
+    except TypeError:
+        return "unknown"
+
+
+def file_hash(path: str) -> str:
+    """Hash of a file's content, ``"unknown"`` where it cannot be read."""
+    try:
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+    except OSError:
         return "unknown"
 
 

@@ -12,9 +12,9 @@ from typing import Any
 
 from lightning_mtl.compare import CompareError
 from lightning_mtl.compare.build import build, callbacks_from, kind_of, read_balancers, read_yaml
-from lightning_mtl.compare.grid import SINGLE, file_name, source_hash
+from lightning_mtl.compare.grid import SINGLE, file_hash, file_name, source_hash
 from lightning_mtl.compare.worker import Job
-from lightning_mtl.evaluation import metric_key
+from lightning_mtl.evaluation import in_stage, metric_key
 from lightning_mtl.module import MultiTaskModule
 from lightning_mtl.stages import attached_balancers, check_tasks
 
@@ -42,6 +42,7 @@ class Request:
                 raise CompareError(f"Expected --{name} to be at least 1 but found {found}.")
         self.config: str = options.config
         self.split: str = options.split
+        self.config_hash = file_hash(self.config)
         self.methods = read_balancers(options.balancers)
         callbacks = {name: callbacks_from(name, specs) for name, specs in self.methods.items()}
         self.kinds = {name: kind_of(found) for name, found in callbacks.items()}
@@ -104,7 +105,7 @@ class Request:
                 )
             names = {metric_key(task, name): name for name in directions[task]}
             self.directions[task] = {m: directions[task][name] for m, name in names.items()}
-            self.logged[task] = {m: n.replace("val", self.split, 1) for m, n in names.items()}
+            self.logged[task] = {m: in_stage(n, self.split) for m, n in names.items()}
 
     def identity(self) -> dict[str, Any]:
         """What makes two comparisons the same: all but seeds, workers and ``--only``."""
@@ -118,7 +119,7 @@ class Request:
 
     def job(self, logs: Path) -> Job:
         """What the processes of the runs have to know."""
-        return Job(self.config, self.methods, self.logged, self.split, logs)
+        return Job(self.config, self.config_hash, self.methods, self.logged, self.split, logs)
 
 
 def _check_names(methods: Sequence[str]) -> None:

@@ -22,8 +22,9 @@ from lightning.pytorch import Callback, seed_everything
 
 from lightning_mtl import GradientBalancer
 from lightning_mtl.cli import use_current_directory
+from lightning_mtl.compare import CompareError
 from lightning_mtl.compare.build import RunCLI, callbacks_from
-from lightning_mtl.compare.grid import Run
+from lightning_mtl.compare.grid import Run, file_hash
 from lightning_mtl.compare.recorders import CurveRecorder, PeakMemory, StepTimer
 
 
@@ -33,6 +34,7 @@ class Job:
 
     Attributes:
         config: path of the config.
+        config_hash: its content when the comparison started.
         methods: callbacks of every balancer, by name.
         metrics: ``{task: {metric: name it is logged under}}``.
         split: ``val`` or ``test``.
@@ -40,6 +42,7 @@ class Job:
     """
 
     config: str
+    config_hash: str
     methods: Mapping[str, list[dict[str, Any]]]
     metrics: Mapping[str, Mapping[str, str]]
     split: str
@@ -65,6 +68,12 @@ def work(run: Run, job: Job, connection: Connection) -> None:
         if run.task:
             record["task"] = run.task
         try:
+            if file_hash(job.config) != job.config_hash:
+                raise CompareError(
+                    f"Expected {job.config} as it was when the comparison started, but it has "
+                    f"changed. Put it back and start the same command again, or start another "
+                    f"comparison with another --out."
+                )
             record.update(
                 status="finished", **(_time if run.kind == "timing" else _train)(run, job)
             )

@@ -1,0 +1,67 @@
+"""What an exact resume needs beside the parameters: random state, step counts, the loader."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+
+def get_rng(device: torch.device) -> dict[str, Any]:
+    """Random state as tensors and plain containers, which load with ``weights_only=True``."""
+    kind, keys, *rest = np.random.get_state()
+    state = {
+        "torch": torch.get_rng_state(),
+        "python": random.getstate(),
+        "numpy": (kind, torch.from_numpy(np.asarray(keys, dtype=np.int64)), *rest),
+    }
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_rng(state: dict[str, Any]) -> None:
+    """Restore what :func:`get_rng` saved."""
+    torch.set_rng_state(state["torch"])
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def sync_progress(trainer: Trainer) -> None:
+    """Make both of Lightning's step counts agree, whatever mode ``global_step`` is read in.
+
+    Several optimizers count as one step, and a checkpoint of automatic optimisation resumes at its
+    step.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    steps = loop.automatic_optimization.optim_progress.optimizer_steps
+    total = loop.manual_optimization.optim_step_progress.total
+    total.ready = total.completed = steps
+
+
+def restore_loader(trainer: Trainer) -> None:
+    """Put the training loader where it was, or warn that it starts over.
+
+    Lightning leaves the saved position aside when ``configure_optimizers`` reads
+    ``estimated_stepping_batches``, which sets up the loaders before the checkpoint is read.
+    """
+    loop: Any = trainer.fit_loop
+    if not all(hasattr(loader, "load_state_dict") for loader in loop._combined_loader.flattened):
+        rank_zero_warn(
+            "Resuming with a training loader that cannot save its position: it starts over, so "
+            "this run sees other batches than one that never stopped. For an exact resume give the "
+            "loader `state_dict` and `load_state_dict` (for example torchdata's "
+            "StatefulDataLoader)."
+        )
+    if loop._combined_loader_states_to_load:
+        loop._combined_loader._load_state_dicts(loop._combined_loader_states_to_load)
+        loop._combined_loader_states_to_load = []
+        iter(loop._data_fetcher)
