@@ -70,7 +70,7 @@ class StepTimer(Callback):
 
     most = 2000
 
-    def __init__(self, warm_up: int = 10, least: int = 30, seconds: float = 0.5) -> None:
+    def __init__(self, warm_up: int = 10, least: int = 30, seconds: float = 0.2) -> None:
         self.warm_up = warm_up
         self.least = least
         self.seconds = seconds

@@ -27,6 +27,8 @@ from lightning_mtl.compare.build import RunCLI, callbacks_from
 from lightning_mtl.compare.grid import Run, file_hash
 from lightning_mtl.compare.recorders import CurveRecorder, PeakMemory, StepTimer
 
+_TURNS = 5  # an odd number: the median is then one of them
+
 
 @dataclass(frozen=True)
 class Job:
@@ -150,18 +152,20 @@ def _time(run: Run, job: Job) -> dict[str, Any]:
     a while slows both: their ratio means more than either time.
     """
     memory = PeakMemory()
-    first, equal = _steps(run, job, job.methods[run.method], memory), _steps(run, job, [])
-    again, equal_again = _steps(run, job, job.methods[run.method]), _steps(run, job, [])
-    step, reference = statistics.median(first + again), statistics.median(equal + equal_again)
+    specs = job.methods[run.method]
+    steps, ratios = [], []
+    for turn in range(_TURNS):
+        steps.append(_step(run, job, specs, *([memory] if turn == 0 else [])))
+        ratios.append(steps[-1] / _step(run, job, []))
     return {
-        "step_ms": round(1000 * step, 4),
-        "step_ratio": round(step / reference, 4),
+        "step_ms": round(1000 * statistics.median(steps), 4),
+        "step_ratio": round(statistics.median(ratios), 4),
         "peak_mb": memory.peak_mb,
     }
 
 
-def _steps(run: Run, job: Job, specs: Sequence[Mapping[str, Any]], *more: Callback) -> list[float]:
-    """Seconds of every optimiser step of a short training."""
+def _step(run: Run, job: Job, specs: Sequence[Mapping[str, Any]], *more: Callback) -> float:
+    """Median seconds of an optimiser step of a short training."""
     timer = StepTimer()
     callbacks = [*callbacks_from(run.method, specs), *more, timer]
     short = {
@@ -173,4 +177,4 @@ def _steps(run: Run, job: Job, specs: Sequence[Mapping[str, Any]], *more: Callba
     }
     cli = RunCLI(job.config, run.seed, callbacks, short, may_stop_early=False)
     cli.trainer.fit(cli.model, datamodule=cli.datamodule)
-    return timer.durations()
+    return statistics.median(timer.durations())
