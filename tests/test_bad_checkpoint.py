@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import BaseFinetuning
 
 from lightning_mtl import DualBalance, LogLoss, MinNorm, TaskTensioner
 from tests.faulty import batches, fitted, parameters, same, state
-from tests.models import Balanced, Plain, loader, sgd, trainer
+from tests.models import Balanced, Plain, loader, resume_from, sgd, trainer
 
 SHARED = ["net.trunk.0.weight", "net.trunk.0.bias"]
 THREE = ("a", "b", "c")
@@ -64,7 +64,7 @@ def test_checkpoint_of_other_tasks(tmp_path: Path, other: dict[str, Any], balanc
     )
     run = trainer(callbacks=balancers, max_epochs=2)
     with pytest.raises(ValueError, match=message):
-        run.fit(module, batches(), ckpt_path=path, weights_only=True)
+        run.fit(module, batches(), **resume_from(path))
     assert same(parameters(module), before)
     assert same([b.state_dict() for b in balancers], [balancer().state_dict()] if balancer else [])
     assert run.global_step == 0
@@ -76,7 +76,7 @@ def test_checkpoint_of_other_tasks_is_no_matter_to_validation(tmp_path: Path) ->
     path = saved(tmp_path, Balanced(), [MinNorm()])
     module = Balanced(active_tasks=["a"])
     run = trainer(callbacks=[MinNorm()])
-    run.validate(module, loader(8), ckpt_path=path, verbose=False, weights_only=True)
+    run.validate(module, loader(8), verbose=False, **resume_from(path))
     assert set(run.callback_metrics) == {"val/loss/a", "val/a/MeanSquaredError"}
 
 
@@ -105,12 +105,12 @@ def test_checkpoint_with_other_shared_parameters(
     path = saved(tmp_path, before(), [balancer()])
     run, module = trainer(callbacks=[balancer()], max_epochs=2), now()
     if message is None:
-        run.fit(module, batches(), ckpt_path=path, weights_only=True)
+        run.fit(module, batches(), **resume_from(path))
         whole = fitted(before(), batches(), [balancer()], max_epochs=2)
         assert same(parameters(module), whole["parameters"])
         return
     with pytest.raises(ValueError, match=rf"^Expected the {message}.*`fit` without `ckpt_path`"):
-        run.fit(module, batches(), ckpt_path=path, weights_only=True)
+        run.fit(module, batches(), **resume_from(path))
     assert run.global_step == 6
     checkpoint = torch.load(path, weights_only=True)
     assert same(parameters(module), dict(checkpoint["state_dict"]))

@@ -15,7 +15,7 @@ from examples.digits.data import DigitsDataModule, FreshPairs, compose, draw_pai
 from examples.digits.model import TwoDigits
 from examples.digits.stopping import StopWithoutImprovement
 from lightning_mtl import MinNorm, TaskTensioner
-from tests.models import trainer
+from tests.models import resume_from, trainer
 
 FOLDER = Path(grid.__file__).parent
 
@@ -214,7 +214,7 @@ def test_resume_gives_the_run_that_never_stopped(tmp_path, step):
 
     whole = parameters(fit())
     seed_everything(1, verbose=False)
-    resumed = parameters(fit(ckpt_path=tmp_path / f"step={step}.ckpt", weights_only=True))
+    resumed = parameters(fit(**resume_from(tmp_path / f"step={step}.ckpt")))
     assert torch.equal(resumed, whole)
 
 

@@ -94,7 +94,9 @@ FLAGS: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
     ),
     "foreign callback": (
         lambda: {"callbacks": [pytorch_lightning.callbacks.LambdaCallback()]},
-        r"found pytorch_lightning\..*\.LambdaCallback\. Import it from `lightning.pytorch` instead",
+        # Lightning 2.5 says it in its own words, later releases take the callback.
+        r"found pytorch_lightning\..*\.LambdaCallback\. Import it from `lightning.pytorch` instead"
+        r"|`pytorch_lightning` object \(LambdaCallback\)",
     ),
     "two gradient balancers": (
         lambda: {"callbacks": [MinNorm(), CentralDirection()]},
