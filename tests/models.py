@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchmetrics import MeanSquaredError
 
-from lightning_mtl import MultiTaskModule, Task
+from lightning_mtl import GradientBalancer, MultiTaskModule, Task
 
 TASKS = ("a", "b")
 
@@ -33,6 +33,13 @@ class Network(nn.Module):
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         z = self.trunk(x).tanh()
         return {name[5:]: head(z).squeeze(-1) for name, head in self.heads.items()}
+
+
+class Sum(GradientBalancer):
+    """Equal weighting the long way round: one gradient a task, then their sum."""
+
+    def weights(self, gramian: Tensor, losses: Tensor) -> Tensor:
+        return torch.ones_like(losses)
 
 
 Configure = Callable[[Any], Any]

@@ -24,16 +24,9 @@ from lightning_mtl import (
     MultiTaskModule,
     Task,
 )
-from tests.models import Balanced, Plain, loader, resume_from, sgd, trainer, weights
+from tests.models import Balanced, Plain, Sum, loader, resume_from, sgd, trainer, weights
 from tests.test_flow import Linear, Watcher, one_step
 from tests.test_resume import SavedLoader
-
-
-class Sum(GradientBalancer):
-    """Equal weighting with one gradient a task."""
-
-    def weights(self, gramian: Tensor, losses: Tensor) -> Tensor:
-        return torch.ones_like(losses)
 
 
 def fit_both(

@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import (
     EarlyStopping,
     GradientAccumulationScheduler,
     ModelCheckpoint,
+    ProgressBar,
     StochasticWeightAveraging,
 )
 from lightning.pytorch.loggers import CSVLogger
@@ -22,15 +23,7 @@ from torch import Tensor
 from torch.optim import lr_scheduler as lrs
 from torch.utils.data import DataLoader
 
-from lightning_mtl import GradientBalancer
-from tests.models import Balanced, Plain, loader, resume_from, sgd, trainer, weights
-
-
-class Sum(GradientBalancer):
-    """Equal weighting the long way round: one gradient a task, then their sum."""
-
-    def weights(self, gramian: Tensor, losses: Tensor) -> Tensor:
-        return torch.ones_like(losses)
+from tests.models import Balanced, Plain, Sum, loader, resume_from, sgd, trainer, weights
 
 
 def one_optimizer(module: Any) -> torch.optim.Optimizer:
@@ -346,7 +339,7 @@ class Logs:
     """Logs in every training batch."""
 
     def note(self) -> None:
-        self.log("seen", float(self.trainer.global_step))  # type: ignore[attr-defined]
+        self.log("seen", float(self.trainer.global_step), prog_bar=True)  # type: ignore[attr-defined]
 
 
 class LoggingPlain(Logs, Plain):
@@ -376,6 +369,32 @@ def test_logger_axis(tmp_path: Path, every: int, rows: bool) -> None:
         trainer(callbacks=extra, logger=logger, **flags).fit(module, loader(), loader(16))
         paths.append(Path(logger.log_dir))
     assert logged(paths[1]) == logged(paths[0])
+
+
+class Bar(ProgressBar):
+    """What a progress bar shows at each batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Any] = []
+
+    def disable(self) -> None: ...
+
+    def on_train_batch_end(self, run: Any, module: Any, *args: Any) -> None:
+        super().on_train_batch_end(run, module, *args)
+        self.seen.append((self.total_train_batches, self.get_metrics(run, module)))
+
+
+@both_ways
+@pytest.mark.parametrize("every", [1, 3])
+def test_progress_bar(every: int, rows: bool) -> None:
+    bars = Bar(), Bar()
+    models = (LoggingPlain(), []), (LoggingBalanced(), [Sum()] * rows)
+    for bar, (module, extra) in zip(bars, models, strict=True):
+        flags = {"accumulate_grad_batches": every, "enable_progress_bar": True}
+        trainer(callbacks=[bar, *extra], **flags).fit(module, loader(), loader(16))
+    assert bars[1].seen == bars[0].seen
+    assert len(bars[0].seen) == 20
 
 
 def test_resumes_from_a_checkpoint_of_automatic_optimisation(tmp_path: Path) -> None:
