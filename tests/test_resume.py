@@ -49,12 +49,13 @@ class SavedLoader:
     def __iter__(self) -> Iterator[Any]:
         if self.position == len(self):  # the checkpoint was written at the end of an epoch
             self.epoch, self.position = self.epoch + 1, 0
-        order = torch.randperm(
-            len(self.data), generator=torch.Generator().manual_seed(self.epoch)
-        ).split(self.batch_size)
-        while self.position < len(self):
-            rows = order[self.position]
-            self.position += 1
+        return self._batches(self.epoch, self.position)  # from where it is now
+
+    def _batches(self, epoch: int, position: int) -> Iterator[Any]:
+        generator = torch.Generator().manual_seed(epoch)
+        order = torch.randperm(len(self.data), generator=generator).split(self.batch_size)
+        for self.position in range(position + 1, len(self) + 1):
+            rows = order[self.position - 1]
             yield self.data.x[rows], {task: y[rows] for task, y in self.data.y.items()}
 
     def state_dict(self) -> dict[str, int]:

@@ -171,6 +171,31 @@ def test_two_optimizers_stop_at_max_steps(rows: bool) -> None:
     assert_same(*pair(rows, two_optimizers, one_optimizer, max_epochs=5, max_steps=23))
 
 
+class StepsPlain(Plain):
+    steps: list[int]
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.steps.append(self.trainer.global_step)
+        return super().training_step(batch, batch_idx)
+
+
+class StepsBalanced(Balanced):
+    steps: list[int]
+
+    def task_losses(self, batch: Any, batch_idx: int) -> Any:
+        self.steps.append(self.trainer.global_step)
+        return super().task_losses(batch, batch_idx)
+
+
+@both_ways
+def test_global_step_inside_a_training_step(rows: bool) -> None:
+    models = StepsPlain(one_optimizer), StepsBalanced(two_optimizers)
+    for module, extra in zip(models, ([], [Sum()] * rows), strict=True):
+        module.steps = []
+        trainer(callbacks=extra, accumulate_grad_batches=2).fit(module, loader(), loader(16))
+    assert models[1].steps == models[0].steps == [i // 2 for i in range(20)]
+
+
 @both_ways
 def test_second_fit_and_validate_first(rows: bool) -> None:
     plain, balanced = Plain(), Balanced()
