@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from typing import Any
 
 import torch
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
@@ -35,6 +36,18 @@ class Balancer(Callback):
         self.tasks: tuple[str, ...] = ()
         self._defaults: dict[str, Any] = {}
         self._per_task: set[str] = set()
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse a module that would never call the balancer."""
+        from lightning_mtl.module import MultiTaskModule
+
+        if stage == "fit" and not isinstance(pl_module, MultiTaskModule):
+            raise TypeError(
+                f"Expected {type(self).__name__} beside a MultiTaskModule but found "
+                f"{type(pl_module).__name__}, which would train as if it were not there. Let it "
+                f"inherit from lightning_mtl.MultiTaskModule, and return its losses as a dict from "
+                f"`task_losses` instead of `training_step`."
+            )
 
     # ---------------------------------------------------------------- state
 

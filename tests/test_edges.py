@@ -314,7 +314,7 @@ def test_a_checkpoint_after_validation_keeps_the_layout(tmp_path: Path) -> None:
 
 
 def test_another_module_under_the_same_trainer() -> None:
-    run = trainer(callbacks=[MinNorm()])
+    run = trainer()
     run.fit(Balanced(by_step), loader(), loader(16))
     alone, after = Plain(), Plain()
     trainer().fit(alone, loader(), loader(16))

@@ -27,7 +27,7 @@ from lightning_mtl import (
     Scalarization,
 )
 from tests.faulty import batches, fitted, parameters, same
-from tests.models import Balanced, Samples, sgd, trainer
+from tests.models import Balanced, Plain, Samples, sgd, trainer
 
 
 class Tunable(Balanced):
@@ -178,3 +178,13 @@ def test_one_balancer_twice() -> None:
     """Lightning sees it first: two callbacks would write one entry of a checkpoint."""
     with pytest.raises(RuntimeError, match="more than one stateful callback of type `MinNorm`"):
         Trainer(accelerator="cpu", logger=False, callbacks=[MinNorm(), MinNorm("l2")])
+
+
+@pytest.mark.parametrize("balancer", [MinNorm(), LogLoss()])
+def test_balancer_beside_an_ordinary_module(balancer: Any) -> None:
+    """It would be silently without effect."""
+    module, name = Plain(), type(balancer).__name__
+    before = parameters(module)
+    with pytest.raises(TypeError, match=f"Expected {name} beside a MultiTaskModule but found Pla"):
+        trainer(callbacks=[balancer]).fit(module, batches(), batches())
+    assert same(parameters(module), before)

@@ -54,8 +54,8 @@ class SavedLoader:
     def _batches(self, epoch: int, position: int) -> Iterator[Any]:
         generator = torch.Generator().manual_seed(epoch)
         order = torch.randperm(len(self.data), generator=generator).split(self.batch_size)
-        for self.position in range(position + 1, len(self) + 1):
-            rows = order[self.position - 1]
+        for rows in order[position:]:
+            self.position += 1
             yield self.data.x[rows], {task: y[rows] for task, y in self.data.y.items()}
 
     def state_dict(self) -> dict[str, int]:
