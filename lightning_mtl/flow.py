@@ -199,7 +199,7 @@ class Flow:
             self.module.manual_backward(total)
         if stepping:
             self._refuse_bad_sum(group)
-            self._summed = group
+            self._summed = self._summed if group.skip else group
         return total
 
     def _refuse_bad_sum(self, group: Group) -> None:
@@ -209,7 +209,7 @@ class Flow:
             for optimizer in self.trainer.optimizers
             for parameters in optimizer.param_groups
             for p in parameters["params"]
-            if (grad := p.grad) is not None and grad.layout is torch.strided
+            if (grad := p.grad) is not None
         ]
         if not all_finite(grads):
             names = [self.module.training_tasks[t] for t in group.present()]

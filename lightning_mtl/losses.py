@@ -151,7 +151,7 @@ def read_losses(
                 f"model."
             )
         read.tasks.append(index)
-        read.values.append(value.reshape(()))
+        read.values.append(value if value.ndim == 0 else value.reshape(()))
         read.counts.append(count)
     _drop_bad(read, active, positive_for, on_bad_loss, step)
     return read
@@ -246,13 +246,16 @@ def bad_sum(tasks: Sequence[str], *, on_bad_loss: OnBadLoss, step: int) -> None:
         )
 
 
-def all_finite(tensors: list[Tensor]) -> bool:
-    """Whether every number in some float tensors of one device is finite, in one pass."""
-    if not tensors:
-        return True
-    found, one = _flags(tensors[0].device)
-    torch._amp_foreach_non_finite_check_and_unscale_(tensors, found.zero_(), one)
-    return not found.item()
+def all_finite(tensors: Sequence[Tensor]) -> bool:
+    """Whether every number in the dense real tensors is finite, in one pass a device."""
+    usable = [t for t in tensors if t.layout is torch.strided and not t.is_complex()]
+    for device in {t.device for t in usable}:
+        group = [t for t in usable if t.device == device]
+        found, one = _flags(device)
+        torch._amp_foreach_non_finite_check_and_unscale_(group, found.zero_(), one)
+        if found.item():
+            return False
+    return True
 
 
 @functools.cache

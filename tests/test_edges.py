@@ -24,6 +24,7 @@ from lightning_mtl import (
     MultiTaskModule,
     Task,
 )
+from lightning_mtl.losses import all_finite
 from tests.models import Balanced, Plain, Sum, loader, resume_from, sgd, trainer, weights
 from tests.test_flow import Linear, Watcher, one_step
 from tests.test_resume import SavedLoader
@@ -92,6 +93,17 @@ def test_the_gradient_of_a_sum_is_checked(balancers: Any) -> None:
         run.fit(skipping, loader(), loader(16))
     assert run.global_step == 19
     assert weights(skipping).isfinite().all()
+
+
+def test_all_finite_looks_at_every_dense_real_tensor() -> None:
+    good = [torch.ones(2), torch.ones(3, dtype=torch.float64), torch.ones(2).bfloat16()]
+    other = [torch.ones(2, dtype=torch.complex64), torch.ones(2).to_sparse()]
+    assert all_finite([])
+    assert all_finite(good + other)
+    for tensor in good:
+        tensor[-1] = torch.inf
+        assert not all_finite(good + other)
+        tensor[-1] = 1.0
 
 
 class Endless(LossBalancer):
