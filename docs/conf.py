@@ -4,7 +4,7 @@ from lightning_mtl.version import __version__
 
 project = "lightning-mtl"
 author = "the lightning-mtl contributors"
-copyright = author  # noqa: A001
+copyright = author  # noqa: A001 # Sphinx wants this name
 release = version = __version__
 
 extensions = [

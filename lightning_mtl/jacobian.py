@@ -87,7 +87,7 @@ class TaskGradients:
             self._reached = [r or g is not None for r, g in zip(self._reached, grads, strict=True)]
             into = [v for v, g in zip(views, grads, strict=True) if g is not None]
             if not self._written[task]:
-                self.rows[task].zero_()  # type: ignore[index]
+                self.rows[task].zero_()  # type: ignore[index] # the layout is known here
         if not present:
             return
         if self._written[task]:
