@@ -38,7 +38,12 @@ class _SaveConfig(SaveConfigCallback):
 
 
 class MultiTaskCLI(LightningCLI):
-    """LightningCLI for any importable MultiTaskModule; loads checkpoints with ``weights_only``."""
+    """LightningCLI for any importable MultiTaskModule.
+
+    A checkpoint given as ``--ckpt_path`` is loaded with ``weights_only=True`` unless asked
+    otherwise, so that code in it is refused instead of run. Lightning has the choice from 2.6 on;
+    before, it runs what a checkpoint holds: give it only those of your own.
+    """
 
     def __init__(self, args: Sequence[str], **kwargs: Any) -> None:
         super().__init__(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import warnings
@@ -53,14 +54,22 @@ class Poisoned:
 
     faults: dict[int, tuple[str, str]]
 
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.biases: dict[str, Tensor] = {}
+        for name, head in self.net.heads.items():  # type: ignore[attr-defined]
+            head.register_forward_hook(functools.partial(self._note, name[5:]))
+
+    def _note(self, task: str, head: Any, *args: Any) -> None:
+        self.biases[task] = head.bias.clone()  # while FSDP2 has it whole
+
     def task_losses(self, batch: Any, batch_idx: int) -> Any:
         losses = super().task_losses(batch, batch_idx)  # type: ignore[misc]
         what, task = self.faults.get(batch_idx, ("", ""))
         if what == "absent":
             del losses[task]
         elif what:
-            bias = self.net.heads[f"head_{task}"].bias  # type: ignore[attr-defined]
-            losses[task] = FAULTS[what](losses[task], bias)
+            losses[task] = FAULTS[what](losses[task], self.biases[task])
         return losses
 
 

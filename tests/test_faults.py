@@ -28,7 +28,7 @@ CASES += [
     (method, "fsdp2", 1, rule, fault)
     for method in ("none", "MinNorm")
     for rule in ("skip_task", "skip_step")
-    for fault in ("nan_loss", "nan_gradient")
+    for fault in ("nan_loss", "nan_gradient", "nan_head")  # the last in what one rank has of it
 ]
 
 
