@@ -4,7 +4,7 @@ Two real gloo processes train one network in every way in turn, over the loopbac
 byte counters are read before and after (Linux). A model on paper, checked against these volumes,
 says what 8 to 1,024 GPUs would send and wait for.
 
-``python benchmarks/ranks.py [--width 1024] [--steps 20] [--rounds 3] [--json FILE]``
+``python benchmarks/ranks.py [--width 1024] [--batch 16] [--steps 20] [--rounds 3] [--json FILE]``
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from lightning_mtl import EqualWeighting, MinNorm, MultiTaskModule
 
-WORLD, BATCH = 2, 16
+WORLD = 2
 TASKS = (2, 3, 11)
 FORMS = ("plain DDP", "no balancer", "MinNorm", "MinNorm, sharded")
 COUNTERS = Path("/proc/net/dev")
@@ -112,7 +112,7 @@ def loopback() -> int:
     raise RuntimeError("Expected a loopback interface `lo` in /proc/net/dev; run this on Linux.")
 
 
-def one(form: str, width: int, tasks: int, steps: int) -> tuple[float, float]:
+def one(form: str, width: int, batch: int, tasks: int, steps: int) -> tuple[float, float]:
     """Seconds and bytes of a step."""
     if form == "plain DDP":
         module: Any = Plain(width, tasks)
@@ -132,7 +132,7 @@ def one(form: str, width: int, tasks: int, steps: int) -> tuple[float, float]:
         use_distributed_sampler=False,
         max_epochs=1,
     )
-    batches = torch.utils.data.DataLoader([torch.randn(BATCH, width)] * (steps + 3), None)
+    batches = torch.utils.data.DataLoader([torch.randn(batch, width)] * (steps + 3), None)
     trainer.fit(module, batches)
     return meter.seconds, meter.sent
 
@@ -154,7 +154,7 @@ def process(rank: int, port: int, arguments: argparse.Namespace, out: str) -> No
     for _ in range(arguments.rounds):  # in turn, so that a busy moment meets all of them
         for tasks in TASKS:
             for form in FORMS:
-                pair = one(form, arguments.width, tasks, arguments.steps)
+                pair = one(form, arguments.width, arguments.batch, tasks, arguments.steps)
                 found.setdefault(f"{tasks}|{form}", []).append(pair)
     if rank == 0:
         Path(out).write_text(json.dumps(found))
@@ -180,6 +180,7 @@ def model(form: str, tasks: int, shared: int, heads: int, world: int) -> tuple[f
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--width", type=int, default=1024)
+    parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path)

@@ -94,16 +94,19 @@ class Backward:
             )
             self._balance(group, gradients)
         else:
-            self._add_rows(losses, group, gradients)
+            self._add_rows(losses, group, gradients, stepping)
             if stepping:
                 self._balance(group, gradients)
         self.trainer.precision_plugin.post_backward(total, self.module)
         return total
 
-    def _add_rows(self, losses: TaskLosses, group: Group, gradients: TaskGradients) -> None:
+    def _add_rows(
+        self, losses: TaskLosses, group: Group, gradients: TaskGradients, stepping: bool
+    ) -> None:
         """One backward pass a task."""
         balancer = self.gradient_balancer
-        if balancer is not None and balancer.batches > 1:
+        apart = balancer is not None and balancer.batches > 1
+        if balancer is not None and apart:
             if losses.uneven(len(group.counts)):
                 raise ValueError(
                     f"Expected every task, without label counts, in each micro-batch of "
@@ -117,6 +120,10 @@ class Backward:
             value = value if count * scale == 1 else value * (count * scale)
             wanted = group.wanted is None or t in group.wanted or not gradients.known
             gradients.add(t, value, retain_graph=not last, shared=wanted)
+            if stepping and not apart:
+                gradients.send(t)  # while the next row is taken
+        if stepping and not apart:
+            gradients.send(gradients.num_tasks - 1)  # ranks without tasks too
 
     def _reuse(
         self, losses: TaskLosses, group: Group, gradients: TaskGradients, stepping: bool

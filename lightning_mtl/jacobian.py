@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -47,6 +47,7 @@ class TaskGradients:
         self.parameters = parameters
         self.rows: Tensor | None = None
         self._written = [False] * num_tasks
+        self._sent: list[Callable[[], Any]] = []  # to wait for each row's sum over ranks
         # {name: gradient} of each task; while the shared parameters are unknown, of all of them.
         self._heads: list[dict[str, Tensor]] = [{} for _ in range(num_tasks)]
         self.shared: list[str] | None = None
@@ -71,6 +72,7 @@ class TaskGradients:
         self._heads = [{} for _ in range(self.num_tasks)]
         self._reached = [False] * len(self.shared or ())
         self._apart: list[Tensor] = []
+        self._sent = []
 
     def set_aside(self) -> None:
         """Keep the rows of a micro-batch apart, and start new ones."""
@@ -185,7 +187,26 @@ class TaskGradients:
 
         Rows of tasks that added nothing are zero.
         """
-        return self.ranks.sum_(self._close())
+        rows = self._close()
+        if not self._sent:
+            return self.ranks.sum_(rows)
+        for wait in self._sent:
+            wait()
+        return rows
+
+    def send(self, task: int) -> None:
+        """Begin to sum the rows up to ``task`` over ranks, while the others are being taken.
+
+        Rows go in the order of tasks on every rank, also those of tasks that a rank has not.
+        """
+        if self.shared is None or self.ranks.alone:
+            return
+        for row in range(len(self._sent), task + 1):
+            self._close_row(row)
+            self._sent.append(self._send(row))
+
+    def _send(self, row: int) -> Callable[[], Any]:
+        return self.ranks.start_sum(self.rows[row])  # type: ignore[index] # the layout is known
 
     def combined(self) -> Tensor:
         """Row 0, summed over ranks, where one combined gradient was added up."""
@@ -212,10 +233,13 @@ class TaskGradients:
         if self.shared is None:
             self._fix(self._shared_of([set(heads) for heads in self._heads]))
         assert self.rows is not None
-        for task, written in enumerate(self._written):
-            if not written:
-                self.rows[task].zero_()
+        for task in range(len(self._sent), self.num_tasks):
+            self._close_row(task)
         return self.rows
+
+    def _close_row(self, task: int) -> None:
+        if not self._written[task]:
+            self.rows[task].zero_()  # type: ignore[index] # the layout is known here
 
     def _fix(self, shared: list[str]) -> None:
         """Fix the layout of the rows, and move into them what was collected before it was known."""

@@ -57,6 +57,9 @@ class ShardedParameters(TaskGradients):
         """This process's columns of the Jacobian, which are summed over ranks already."""
         return self._close()
 
+    def send(self, task: int) -> None:
+        """Nothing: FSDP2 has summed the rows."""
+
     def combined(self) -> Tensor:
         """Row 0, where one combined gradient was added up."""
         return self._close()[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -31,6 +32,10 @@ class OneProcess:
         """The sum over processes, in place and returned."""
         return tensor
 
+    def start_sum(self, tensor: Tensor) -> Callable[[], Any]:
+        """Begin the sum over processes, in place; call what is returned before it is used."""
+        return _nothing
+
     def max_(self, tensor: Tensor) -> Tensor:
         """The largest value over processes, in place and returned."""
         return tensor
@@ -43,6 +48,15 @@ class OneProcess:
         """This process's part of the sum of ``row`` over processes, written to ``part``."""
         return part.copy_(row)
 
+    def start_scatter(self, row: Tensor, part: Tensor) -> Callable[[], Any]:
+        """Begin what :meth:`scatter` does; call what is returned before ``part`` is used."""
+        part.copy_(row)
+        return _nothing
+
     def gather_columns(self, part: Tensor, row: Tensor) -> Tensor:
         """All processes' parts in the order of ranks, written to ``row``."""
         return row.copy_(part)
+
+
+def _nothing() -> None:
+    pass

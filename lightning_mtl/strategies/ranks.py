@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -34,6 +35,12 @@ class DataParallel(OneProcess):
         dist.all_reduce(tensor)
         return tensor
 
+    def start_sum(self, tensor: Tensor) -> Callable[[], Any]:
+        """Begin the sum over processes, in place; call what is returned before it is used."""
+        work: Any = dist.all_reduce(tensor, async_op=True)
+        wait: Callable[[], Any] = work.wait
+        return wait
+
     def max_(self, tensor: Tensor) -> Tensor:
         """The largest value over processes, in place and returned."""
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
@@ -49,6 +56,12 @@ class DataParallel(OneProcess):
         """This process's part of the sum of ``row`` over processes, written to ``part``."""
         dist.reduce_scatter_tensor(part, row)
         return part
+
+    def start_scatter(self, row: Tensor, part: Tensor) -> Callable[[], Any]:
+        """Begin what :meth:`scatter` does; call what is returned before ``part`` is used."""
+        work: Any = dist.reduce_scatter_tensor(part, row, async_op=True)
+        wait: Callable[[], Any] = work.wait
+        return wait
 
     def gather_columns(self, part: Tensor, row: Tensor) -> Tensor:
         """All processes' parts in the order of ranks, written to ``row``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -53,10 +54,14 @@ class ShardedGradients(TaskGradients):
 
     def finish(self) -> Tensor:
         """This process's columns of the Jacobian of the step, shape ``(T, m)``."""
-        rows = self._close()
-        for row, part in zip(rows, self.shard, strict=True):
-            self.ranks.scatter(row, part)
+        self._close()
+        self.send(self.num_tasks - 1)
+        for wait in self._sent:
+            wait()
         return self.shard
+
+    def _send(self, row: int) -> Callable[[], Any]:
+        return self.ranks.start_scatter(self.rows[row], self.shard[row])  # type: ignore[index]
 
     def apart(self) -> Tensor:
         """Its columns of the rows of every micro-batch, shape ``(batches, T, m)``."""
