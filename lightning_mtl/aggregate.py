@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 
@@ -37,6 +38,8 @@ def aggregate(
     back, as Lightning scales a last group that is not full. Weights multiply rows only where a
     method needs the rows themselves.
 
+    What has one number a task is arithmetic on the host; the device gets the weights.
+
     Args:
         gradients: where the direction and the head gradients are written.
         jacobian: sums of task gradients, shape ``(T, P)``; rows of absent tasks are zero. May be
@@ -59,7 +62,7 @@ def aggregate(
     # What multiplies the rows: 1 / count, and the loss weights. ``None`` stands for ones.
     means = omega = weights = None
     if any(counts[t] != 1 for t in present):
-        means = jacobian.new_tensor([1.0 / counts[t] for t in present])
+        means = losses.new_tensor([1.0 / counts[t] for t in present])
     if type(loss_balancer) is not EqualWeighting:
         with loss_balancer.only(tasks, rows):
             omega = checked(loss_balancer.loss_weights(losses), loss_balancer, losses)
@@ -75,19 +78,18 @@ def aggregate(
             every_column = True  # an average of earlier steps moves what this one does not reach
             scaled = jacobian if rows is None else jacobian[rows]
             if scale is not None:
-                scaled.mul_(scale[:, None])
+                scaled.mul_(scale.to(jacobian)[:, None])
+            seen = scaled
             if apart is not None:
                 each = _product(None if means is None else means * len(apart), omega)
-                seen = apart if each is None else apart * each[:, None]
-                direction = gradient_balancer.direction(seen, losses)
-            else:
-                direction = gradient_balancer.direction(scaled, losses)
+                seen = apart if each is None else apart * each.to(apart)[:, None]
+            direction = gradient_balancer.direction(seen, losses.to(jacobian.device))
             if gradient_balancer.weight_heads:
                 weights = checked(gradient_balancer.head_weights(), gradient_balancer, losses)
                 head_weights = _product(scale, weights)
             alignment = gradients.sum_shards(scaled @ direction) if observed else None
             if alignment is not None and omega is not None:
-                alignment = alignment / omega
+                alignment = alignment / omega.to(alignment)
         else:
             combined = scale
             if gradient_balancer is not None:
@@ -101,9 +103,10 @@ def aggregate(
                     own = checked(gradient_balancer.head_weights(), gradient_balancer, losses)
                     head_weights = _product(scale, own)
             every_column = False
-            direction = gradients.combine(of_all(combined, rows, len(tasks), jacobian))
+            direction = gradients.combine(of_all(combined, rows, len(tasks), losses))
             alignment = gradients.sum_shards(jacobian @ direction) if observed else None
             if alignment is not None:
+                alignment = alignment.to(losses.device)
                 alignment = _product(alignment if rows is None else alignment[rows], means)
     norm = gradients.sum_shards(direction @ direction).sqrt() if observed else None
     if share * loss_scale != 1.0:
@@ -114,7 +117,7 @@ def aggregate(
         )
     gradients.write_shared(direction, every_column=every_column)
     if head_weights is not None:
-        head_weights = of_all(head_weights, rows, len(tasks), jacobian)
+        head_weights = of_all(head_weights, rows, len(tasks), losses)
     gradients.write_heads(head_weights)
     return StepRecord(
         tasks=tuple(tasks[t] for t in present),
@@ -134,6 +137,9 @@ def own_head_weights(balancer: GradientBalancer) -> bool:
 
 def _tell(balancer: GradientBalancer, gradients: TaskGradients | Probe) -> None:
     """Tell a balancer, and those it wraps, what the columns of the Jacobian are."""
+    if vars(balancer).get("_told_by") is gradients:
+        return  # as in every step but the first
+    balancer._told_by = gradients
     balancer.columns = gradients.columns
     balancer.sum_shards = gradients.sum_shards  # type: ignore[method-assign]
     balancer.shards = gradients.shards
@@ -155,13 +161,15 @@ def checked(weights: Tensor, balancer: Balancer, losses: Tensor) -> Tensor:
             f"Expected {name} to return one weight for each of {tasks}, shape "
             f"{tuple(losses.shape)}, but got shape {tuple(weights.shape)}."
         )
-    if not weights.isfinite().all():
+    if not all(map(math.isfinite, weights.tolist())):
         raise ValueError(
             f"Expected finite weights from {name} but got {weights.tolist()} for {tasks} with the "
             f"losses {losses.tolist()}. No parameter was changed. Look at the scale of the losses, "
             f"or use another balancer."
         )
-    return weights.detach().to(losses)
+    weights = weights.detach()
+    same = weights.dtype == losses.dtype and weights.device == losses.device
+    return weights if same else weights.to(losses)
 
 
 def _product(first: Tensor | None, second: Tensor | None) -> Tensor | None:

@@ -13,10 +13,11 @@ from torch import Tensor
 from lightning_mtl.aggregate import aggregate, checked, of_all
 from lightning_mtl.balancer import GradientBalancer, LossBalancer
 from lightning_mtl.group import Group
+from lightning_mtl.host import all_finite, to_host
 from lightning_mtl.jacobian import TaskGradients
 from lightning_mtl.layout import Layout, no_shared
 from lightning_mtl.loss_balancers import EqualWeighting
-from lightning_mtl.losses import TaskLosses, all_finite, bad_gradients, bad_sum
+from lightning_mtl.losses import TaskLosses, bad_gradients, bad_losses, bad_sum
 from lightning_mtl.perturbed import perturbed_rows
 from lightning_mtl.probe import Probe, open_probe
 from lightning_mtl.record import StepRecord
@@ -50,7 +51,8 @@ class Backward:
         self.layout = layout
         self.loss_balancer = loss_balancer
         self.gradient_balancer = gradient_balancer
-        self._scaler: Any = getattr(trainer.precision_plugin, "scaler", None)
+        self.positive_for: str | None = None  # name of a balancer that needs positive losses
+        self.scaler: Any = getattr(trainer.precision_plugin, "scaler", None)
         self._summed: Group | None = None  # what `record` will tell of a summed backward pass
         self._record: StepRecord | None = None
         self._zero_gradient: set[str] = set()
@@ -67,13 +69,14 @@ class Backward:
     @property
     def scale(self) -> float:
         """What losses are multiplied by, so that half-precision gradients do not vanish."""
-        return float(self._scaler.get_scale()) if self._scaler is not None else 1.0
+        return float(self.scaler.get_scale()) if self.scaler is not None else 1.0
 
     def run(self, losses: TaskLosses, group: Group, *, stepping: bool) -> Tensor:
         """Backward of one micro-batch inside Lightning's hooks; at the last, write ``.grad``."""
         if group.form == "sum":
             return self._one_backward(losses, group, stepping)
-        total = losses.total() / self.trainer.accumulate_grad_batches
+        total, every = losses.total(), self.trainer.accumulate_grad_batches
+        total = total if every == 1 else total / every
         self.trainer.precision_plugin.pre_backward(total, self.module)
         gradients = self.gradients()
         if group.form == "reuse":
@@ -192,7 +195,7 @@ class Backward:
 
         A gradient scaler looks for itself, and skips the step.
         """
-        if self._scaler is not None:
+        if self.scaler is not None or self.module.on_bad_loss == "ignore":
             return
         grads = [
             grad
@@ -264,38 +267,41 @@ class Backward:
             apart = None if apart is None else apart.div_(scale)
         if balancer is not None and jacobian.shape[1] == 0:
             raise ValueError(no_shared(self.module, type(balancer).__name__))
-        gramian = None
-        if group.observed or (balancer is not None and balancer.gramian_weighted):
-            gramian = gradients.sum_shards(jacobian @ jacobian.T)
-            sizes = gramian.diagonal().tolist()
-        else:
-            sizes = gradients.norms(jacobian).tolist()
-        tasks = self.module.training_tasks
-        rule, step = self.module.on_bad_loss, self.trainer.global_step + 1
-        whole = [row + head for row, head in zip(sizes, gradients.head_sizes(), strict=True)]
-        if self._scaler is not None and not math.isfinite(sum(whole)):
-            self._overflow(group)
-            return
-        for t in bad_gradients(whole, group.counts, tasks, on_bad_loss=rule, step=step):
-            gradients.drop(t)
-            jacobian[t].zero_()
-            group.counts[t] = 0
-            group.dropped = True
-            group.skip |= rule == "skip_step" or not any(group.counts)
-            group.skip |= apart is not None or group.wanted is not None
-            if gramian is not None:
-                gramian = gradients.sum_shards(jacobian @ jacobian.T)
-        if group.skip:
-            return
+        gramian, sizes, losses = self._small(group, gradients, jacobian)
+        tasks, present = self.module.training_tasks, group.present()
+        if sizes is not None:
+            if self.scaler is not None and not math.isfinite(sum(sizes)):
+                self._overflow(group)
+                return
+            rule, step = self.module.on_bad_loss, self.trainer.global_step + 1
+            bad: set[int] = set()
+            if group.late:
+                values = dict(zip(present, losses.tolist(), strict=True))
+                bad |= bad_losses(values, tasks, self.positive_for, on_bad_loss=rule, step=step)
+            bad |= set(bad_gradients(sizes, group.counts, tasks, on_bad_loss=rule, step=step))
+            for t in bad:
+                gradients.drop(t)
+                jacobian[t].zero_()
+                group.counts[t] = 0
+                group.dropped = True
+                group.skip |= rule == "skip_step" or not any(group.counts)
+                group.skip |= apart is not None or group.wanted is not None
+            if group.skip:
+                return
+            if bad:
+                kept = [i for i, t in enumerate(present) if t not in bad]
+                losses, present = losses[kept], group.present()
+                if gramian is not None:
+                    gramian = gramian_of(jacobian, gradients)
         if group.dropped:
             gradients.agree()  # what only a dropped task reached gets no gradient
-        if balancer is not None and group.wanted is None:
-            self._warn_zero_gradients([t for t in group.present() if sizes[t] == 0])
+        if balancer is not None and group.wanted is None and sizes is not None:
+            self._warn_zero_gradients([t for t in present if sizes[t] == 0])
         self._summed = None
         self._record = aggregate(
             gradients,
             jacobian,
-            group.mean_losses().to(jacobian),
+            losses,
             group.counts,
             tasks,
             self.loss_balancer,
@@ -308,6 +314,34 @@ class Backward:
         )
         if discovered and len(group.present()) < len(tasks):
             self.layout.forget()  # found without one of the tasks: look again at the next step
+
+    def _small(
+        self, group: Group, gradients: TaskGradients | Probe, jacobian: Tensor
+    ) -> tuple[Tensor | None, list[float] | None, Tensor]:
+        """The Gramian where it is needed, a size for each task, and the losses that are there.
+
+        All of them on the host, by one transfer. A size is not finite where a gradient of the task
+        is not; there are none where nothing asks for them.
+        """
+        balancer = self.gradient_balancer
+        losses = group.mean_losses().to(jacobian.dtype)
+        weighted = balancer is not None and balancer.gramian_weighted
+        checks = self.module.on_bad_loss != "ignore" or self.scaler is not None
+        if not (weighted or group.observed or checks):
+            return None, None, losses
+        sums = weighted or group.observed
+        table = gramian_of(jacobian, gradients) if sums else gradients.norms(jacobian)
+        if not checks:
+            table, losses = to_host(table, losses)
+            return table, None, losses
+        alone = self.layout.ranks.alone
+        table, losses, flag = to_host(
+            table, losses, gradients.heads_flag() if alone else losses.new_zeros(())
+        )
+        sizes: list[float] = (table.diagonal() if sums else table).tolist()
+        if flag.item() or not alone:
+            sizes = [s + head for s, head in zip(sizes, gradients.head_sizes(), strict=True)]
+        return table if sums else None, sizes, losses
 
     def _overflow(self, group: Group) -> None:
         """Leave gradients that make the scaler skip the step of every optimizer."""
@@ -327,3 +361,8 @@ class Backward:
                 f"good for every task (MinNorm) stop the shared parameters then. Look for a "
                 f"detached or saturated path, or leave the task out with `active_tasks`."
             )
+
+
+def gramian_of(jacobian: Tensor, gradients: TaskGradients | Probe) -> Tensor:
+    """Inner products of the rows, complete over processes."""
+    return gradients.sum_shards(jacobian @ jacobian.T)

@@ -130,6 +130,7 @@ class GradientBalancer(Balancer):
         self.gradients: Level = one_of(self, "gradients", gradients, get_args(Level))
         self.columns: Columns | None = None
         self.representation: Tensor | None = None
+        self._told_by: Any = None  # the task gradients that have set these
 
     @property
     def gramian_weighted(self) -> bool:

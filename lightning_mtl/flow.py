@@ -59,8 +59,10 @@ class Flow:
         self._learners = [b for b in self.balancers if _learns(b)]
         self._again = any(getattr(b, "needs_losses_after", False) for b in self.balancers)
         self._perturbed = isinstance(self.gradient_balancer, Perturbing)
+        self._all_rows = _all_rows(self.gradient_balancer) and not self._perturbed
         self._representation: list[Tensor] = []
         self.ranks = ranks_of(trainer)
+        self._all_rows &= self.ranks.alone
         same_tasks(module.training_tasks, self.ranks)
         for balancer in self.balancers:
             balancer.share_seed(self.ranks.gather(torch.initial_seed())[0])
@@ -68,6 +70,7 @@ class Flow:
         self.backward = Backward(
             module, trainer, self.layout, self.loss_balancer, self.gradient_balancer
         )
+        self.backward.positive_for = self._positive_for
         self._group: Group | None = None
         self._synced: bool | None = None  # whether BatchNorm has collectives of its own
         self._observed = False
@@ -80,6 +83,7 @@ class Flow:
         if module.task_names:
             check_tasks(self.balancers, module.task_names)
         check_batches(trainer, self.gradient_balancer)
+        self._every = trainer.accumulate_grad_batches
 
     # ------------------------------------------------------------------ a batch
 
@@ -127,7 +131,17 @@ class Flow:
             step=self.trainer.global_step + 1,
             ranks=self.ranks,
             lockstep=self._lockstep(),
+            late=self._late(),
         )
+
+    def _late(self) -> bool:
+        """Whether losses are looked at together with the gradients, by one transfer to the host.
+
+        Only in a step of one micro-batch that always takes all task gradients: what is bad is then
+        left out as a whole, before anything is balanced.
+        """
+        every, scaler = self.trainer.accumulate_grad_batches, self.backward.scaler
+        return self._all_rows and every == 1 and self._first_done and scaler is None
 
     def _lockstep(self) -> str:
         """Why every rank has to run the same backward passes, if so."""
@@ -188,9 +202,12 @@ class Flow:
             self._uneven |= losses.uneven(len(tasks))
             rows |= self._uneven or self.loss_balancer.needs_current_losses
         group.uneven = self._uneven
+        group.late = self._late()
         group.representation = self._representation
         if balancer is not None:
-            check_batches(self.trainer, balancer)
+            if self.trainer.accumulate_grad_batches != self._every:  # a callback may change it
+                check_batches(self.trainer, balancer)
+                self._every = self.trainer.accumulate_grad_batches
             group.form = (
                 "probe" if balancer.gradients != "parameters" and len(tasks) > 1 else "rows"
             )
@@ -338,6 +355,14 @@ def _learns(balancer: Balancer) -> bool:
     """Whether it, or one it wraps, defines ``update``."""
     own = type(balancer).update is not Balancer.update
     return own or any(_learns(nested) for nested in balancer.nested().values())
+
+
+def _all_rows(balancer: GradientBalancer | None) -> bool:
+    """Whether it needs all task gradients in every step."""
+    if balancer is None:
+        return False
+    kind, base = type(balancer), GradientBalancer
+    return kind.reused_weights is base.reused_weights and kind.wanted is base.wanted
 
 
 def _without_autocast(device_type: str) -> AbstractContextManager[Any]:

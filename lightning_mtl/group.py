@@ -21,6 +21,7 @@ class Group:
     """What the micro-batches of an optimiser step have brought so far.
 
     Attributes:
+        late: whether its losses have still to be looked at for finite numbers.
         observed: whether a callback asked for the task gradients of this step.
         loss_sums: sums of the losses times their counts, by task.
         counts: sums of the counts, 0 for a task that is absent.
@@ -54,6 +55,7 @@ class Group:
     uneven: bool = False
     representation: list[Tensor] = field(default_factory=list)
     received: int = 0
+    late: bool = False
     skip: bool = False
     dropped: bool = False
     overflow: bool = False

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_mtl.balancer import Columns
+from lightning_mtl.host import non_finite
 from lightning_mtl.losses import TaskLosses
 from lightning_mtl.state import Shards
 from lightning_mtl.strategies import OneProcess
@@ -50,8 +51,11 @@ class TaskGradients:
         self._sent: list[Callable[[], Any]] = []  # to wait for each row's sum over ranks
         # {name: gradient} of each task; while the shared parameters are unknown, of all of them.
         self._heads: list[dict[str, Tensor]] = [{} for _ in range(num_tasks)]
+        self._owned = False  # whether head gradients are tensors of our own
         self.shared: list[str] | None = None
+        self._columns = Columns((), ())
         self._order = list(parameters)
+        self._inputs = list(parameters.values())
         if shared is not None:
             self._fix(list(shared))
 
@@ -63,13 +67,13 @@ class TaskGradients:
     @property
     def columns(self) -> Columns:
         """What the columns of the rows are."""
-        names = tuple(self.shared or ())
-        return Columns(names, tuple(self.parameters[name].numel() for name in names))
+        return self._columns
 
     def begin(self) -> None:
         """Start a new optimiser step."""
         self._written = [False] * self.num_tasks
         self._heads = [{} for _ in range(self.num_tasks)]
+        self._owned = False
         self._reached = [False] * len(self.shared or ())
         self._apart: list[Tensor] = []
         self._sent = []
@@ -118,8 +122,8 @@ class TaskGradients:
             heads: whether the gradients of the other parameters are wanted.
         """
         split = len(self.shared) if self.shared is not None else 0
-        order = self._order[0 if shared or not split else split : None if heads else split]
-        inputs = [self.parameters[name] for name in order]
+        first, end = 0 if shared or not split else split, None if heads else split
+        inputs = self._inputs[first:end]
         if not inputs:
             return  # a model without heads
         grads = torch.autograd.grad(loss, inputs, retain_graph=retain_graph, allow_unused=True)
@@ -138,7 +142,7 @@ class TaskGradients:
     def add_heads(self, task: int, loss: Tensor, others: Sequence[Tensor]) -> list[Tensor | None]:
         """Add the head gradients of ``loss``; returns those of ``others``. Keeps the graph."""
         assert self.shared is not None
-        heads = [self.parameters[name] for name in self._order[len(self.shared) :]]
+        heads = self._inputs[len(self.shared) :]
         grads = torch.autograd.grad(loss, [*others, *heads], retain_graph=True, allow_unused=True)
         self._add_to_heads(task, grads[len(others) :])
         return list(grads[: len(others)])
@@ -244,6 +248,7 @@ class TaskGradients:
     def _fix(self, shared: list[str]) -> None:
         """Fix the layout of the rows, and move into them what was collected before it was known."""
         chosen = [self._leaf(self.parameters[name]) for name in shared]
+        self._columns = Columns(tuple(shared), tuple(p.numel() for p in chosen))
         devices = {p.device for p in chosen}
         if len(devices) > 1:
             raise ValueError(
@@ -254,6 +259,7 @@ class TaskGradients:
         self.shared = shared
         names = set(shared)
         self._order = shared + [name for name in self.parameters if name not in names]
+        self._inputs = [self.parameters[name] for name in self._order]
         dtype = torch.float32
         for p in chosen:
             dtype = torch.promote_types(dtype, p.dtype)
@@ -300,7 +306,7 @@ class TaskGradients:
     def combine(self, weights: Tensor) -> Tensor:
         """The direction ``weights @ J``, shape ``(P,)``, in the buffer behind ``.grad``."""
         assert self.rows is not None
-        return torch.mv(self.rows.T, weights, out=self._direction)
+        return torch.mv(self.rows.T, weights.to(self._direction), out=self._direction)
 
     def write_heads(self, weights: Tensor | None) -> None:
         """Make each task's head gradients, times its weight, the ``.grad`` of its own parameters.
@@ -308,15 +314,15 @@ class TaskGradients:
         Args:
             weights: shape ``(T,)``; ``None`` for ones.
         """
-        factors = [1.0] * self.num_tasks if weights is None else weights.tolist()
+        if not self._owned:
+            self.own_heads()
+        grads = [grad for heads in self._heads for grad in heads.values()]
+        if weights is not None and grads:
+            pairs = zip(weights.tolist(), self._heads, strict=True)
+            torch._foreach_mul_(grads, [w for w, heads in pairs for _ in heads])
         found: dict[str, Tensor] = {}
-        for task, heads in enumerate(self._heads):
-            if not heads:
-                continue
-            # Always a copy: two parameters may have got one tensor, or one with stride 0, from
-            # autograd, and clipping works in place.
-            grads = torch._foreach_mul(list(heads.values()), factors[task])
-            for name, grad in zip(heads, grads, strict=True):
+        for heads in self._heads:
+            for name, grad in heads.items():
                 # A parameter outside the rows may still belong to several tasks: their sum.
                 found[name] = found[name] + grad if name in found else grad
         if not self.ranks.alone:
@@ -338,6 +344,22 @@ class TaskGradients:
         self.ranks.sum_(flat)
         reached = [n for n, r in zip(names, self._heads_reached, strict=True) if r]
         return {n: views[n] for n in reached}
+
+    def own_heads(self) -> None:
+        """Copy the head gradients, since weights, checks and clipping work in place.
+
+        Two parameters may have got one tensor from autograd, or one with stride 0.
+        """
+        grads = [grad for heads in self._heads for grad in heads.values()]
+        on_cpu = all(grad.device.type == "cpu" for grad in grads)  # where single calls cost less
+        copies = iter([g.clone() for g in grads] if on_cpu else torch._foreach_mul(grads, 1.0))
+        self._heads = [{name: next(copies) for name in heads} for heads in self._heads]
+        self._owned = True
+
+    def heads_flag(self) -> Tensor:
+        """A number on the device, above zero if a gradient outside the rows is not finite."""
+        self.own_heads()
+        return non_finite([grad for heads in self._heads for grad in heads.values()])
 
     def head_sizes(self) -> list[float]:
         """A number for each task that is not finite where a gradient outside its row is not."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from lightning_mtl.strategies import OneProcess
 
-OnBadLoss = Literal["raise", "skip_task", "skip_step"]
+OnBadLoss = Literal["raise", "skip_task", "skip_step", "ignore"]
 
 
 _LOOK = (
@@ -52,6 +51,7 @@ class TaskLosses:
     joint: Tensor | None = None
     joint_counts: list[float] = field(default_factory=list)
     size: int = 1
+    _total: Tensor | None = None
 
     def __iter__(self) -> Iterator[tuple[int, Tensor, float, bool]]:
         """``(task index, loss, count, whether it is the last)``."""
@@ -98,9 +98,10 @@ class TaskLosses:
 
     def total(self, *, detach: bool = False) -> Tensor:
         """The plain sum of the losses, in at least float32."""
-        values = [v.detach() for v in self.values] if detach else self.values
-        values = [v if v.dtype.itemsize >= 4 else v.float() for v in values]
-        return sum(values[1:], values[0]) if values else torch.zeros(())
+        if self._total is None:
+            values = [v if v.dtype.itemsize >= 4 else v.float() for v in self.values]
+            self._total = sum(values[1:], values[0]) if values else torch.zeros(())
+        return self._total.detach() if detach else self._total
 
 
 def check_task_names(names: Sequence[str]) -> tuple[str, ...]:
@@ -141,6 +142,7 @@ def read_losses(
     step: int,
     ranks: OneProcess,
     lockstep: str = "",
+    late: bool = False,
 ) -> TaskLosses:
     """Validate what ``task_losses`` returned.
 
@@ -153,6 +155,7 @@ def read_losses(
         on_bad_loss: what a loss that cannot be used leads to.
         step: the optimiser step, for messages.
         ranks: the processes of the run, which agree on every loss.
+        late: leave finite numbers to a later check, with what else the host needs of the step.
         lockstep: why all of them have to run the same backward passes; empty where they need not.
 
     Raises:
@@ -167,8 +170,11 @@ def read_losses(
         if ranks.alone:
             raise
         read, wrong = TaskLosses([], [], []), error
+    if late or (on_bad_loss == "ignore" and ranks.alone):
+        return read
     values = _to_host(read.values)
     bad = {t for t, v in zip(read.tasks, values, strict=True) if not _usable(v, bool(positive_for))}
+    bad = set() if on_bad_loss == "ignore" else bad
     if not ranks.alone:
         bad = _agree(read, values, bad, active, ranks, wrong)
         if lockstep:
@@ -280,15 +286,7 @@ def _drop_bad(
     step: int,
 ) -> None:
     if on_bad_loss == "raise":
-        expected, other = "finite", ""
-        if positive_for:
-            expected = f"finite and positive (for {positive_for})"
-            other = ", and a balancer that takes no logarithm accepts zero and negative ones"
-        raise BadLossError(
-            f"Expected {expected} losses at optimiser step {step} but found {found}. No parameter "
-            f"was changed. Look at this batch's targets and the learning rate; "
-            f"`on_bad_loss='skip_task'` or 'skip_step' goes on without such a loss{other}."
-        )
+        raise _bad_loss(found, positive_for, step)
     read.dropped = True
     if on_bad_loss == "skip_step":
         read.skip = True
@@ -299,6 +297,44 @@ def _drop_bad(
     read.counts = [read.counts[i] for i in keep]
     if read.joint is not None:
         read.joint_counts = [0.0 if t in bad else c for t, c in enumerate(read.joint_counts)]
+
+
+def _bad_loss(found: Mapping[str, Any], positive_for: str | None, step: int) -> BadLossError:
+    expected, other = "finite", ""
+    if positive_for:
+        expected = f"finite and positive (for {positive_for})"
+        other = ", and a balancer that takes no logarithm accepts zero and negative ones"
+    return BadLossError(
+        f"Expected {expected} losses at optimiser step {step} but found {found}. No parameter "
+        f"was changed. Look at this batch's targets and the learning rate; "
+        f"`on_bad_loss='skip_task'` or 'skip_step' goes on without such a loss{other}."
+    )
+
+
+def bad_losses(
+    values: Mapping[int, float],
+    tasks: Sequence[str],
+    positive_for: str | None,
+    *,
+    on_bad_loss: OnBadLoss,
+    step: int,
+) -> set[int]:
+    """Indices of the tasks whose loss cannot be used, where that is looked at late.
+
+    Args:
+        values: losses by index of the task.
+        tasks: names of all tasks.
+        positive_for: name of the balancer that needs positive losses, if there is one.
+        on_bad_loss: ``"raise"`` raises here.
+        step: the optimiser step, for messages.
+
+    Raises:
+        BadLossError: one of them is bad, with ``on_bad_loss="raise"``.
+    """
+    bad = {t for t, value in values.items() if not _usable(value, bool(positive_for))}
+    if bad and on_bad_loss == "raise":
+        raise _bad_loss({tasks[t]: values[t] for t in sorted(bad)}, positive_for, step)
+    return bad
 
 
 def _to_host(values: list[Tensor]) -> list[float]:
@@ -356,24 +392,6 @@ def bad_sum(tasks: Sequence[str], *, on_bad_loss: OnBadLoss, step: int) -> None:
             f"{_LOOK} With GradientMonitor(every_n_steps=1) among the callbacks this message names "
             f"the task."
         )
-
-
-def all_finite(tensors: Sequence[Tensor]) -> bool:
-    """Whether every number in the dense real tensors is finite, in one pass a device."""
-    usable = [t for t in tensors if t.layout is torch.strided and not t.is_complex()]
-    for device in {t.device for t in usable}:
-        group = [t for t in usable if t.device == device]
-        found, one = _flags(device)
-        torch._amp_foreach_non_finite_check_and_unscale_(group, found.zero_(), one)
-        if found.item():
-            return False
-    return True
-
-
-@functools.cache
-def _flags(device: torch.device) -> tuple[Tensor, Tensor]:
-    zero = torch.zeros((), dtype=torch.float32, device=device)
-    return zero, zero + 1
 
 
 def _with_count(task: str, value: tuple[Any, ...]) -> tuple[Any, float]:

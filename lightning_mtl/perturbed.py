@@ -13,9 +13,10 @@ from lightning_mtl.again import losses_again, replayed
 from lightning_mtl.aggregate import _tell
 from lightning_mtl.balancer import GradientBalancer, at_least_float32
 from lightning_mtl.group import Group
+from lightning_mtl.host import all_finite
 from lightning_mtl.jacobian import TaskGradients, _views
 from lightning_mtl.layout import no_shared
-from lightning_mtl.losses import TaskLosses, all_finite
+from lightning_mtl.losses import TaskLosses
 
 if TYPE_CHECKING:
     from lightning_mtl.module import MultiTaskModule

@@ -102,6 +102,10 @@ class Probe:
         """As that of :class:`TaskGradients`."""
         self.gradients.agree()
 
+    def heads_flag(self) -> Tensor:
+        """As that of :class:`TaskGradients`."""
+        return self.gradients.heads_flag()
+
     def head_sizes(self) -> list[float]:
         """As those of :class:`TaskGradients`."""
         return self.gradients.head_sizes()
@@ -109,7 +113,7 @@ class Probe:
     def combine(self, weights: Tensor) -> Tensor:
         """The direction at the tensors, ``weights @ rows``."""
         self.weights = weights
-        return weights @ self.rows
+        return weights.to(self.rows) @ self.rows
 
     def write_shared(self, direction: Tensor, *, every_column: bool) -> None:
         """One trunk backward pass of the combined gradient, into ``.grad``."""

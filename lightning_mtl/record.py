@@ -11,7 +11,7 @@ from torch import Tensor
 class StepRecord:
     """Numbers of one optimiser step.
 
-    Detached tensors on the module's device; nothing is copied to the host before it is read.
+    Detached tensors, on the host where the step brought them there anyway.
 
     Attributes:
         tasks: names of the tasks present in the step, in the order of all that follows.

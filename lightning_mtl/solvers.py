@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -67,12 +68,12 @@ def min_norm_point(gramian: Array) -> Array:
         there are any (the point is then zero); NaN if the Gramian is not finite.
     """
     size = len(gramian)
+    if size == 2:
+        return np.array(_min_norm_pair(*gramian.ravel().tolist()))
     if not np.isfinite(gramian).all():
         return np.full(size, np.nan)
     if size == 1:
         return np.ones(1)
-    if size == 2:
-        return _min_norm_pair(gramian)
     cosines, norms = unit_gramian(gramian)
     zero = norms == 0
     if zero.any():
@@ -289,14 +290,17 @@ def _solve_free(q: Array, c: Array, free: Mask) -> Array:
     return z
 
 
-def _min_norm_pair(gramian: Array) -> Array:
-    cross = 0.5 * float(gramian[0, 1] + gramian[1, 0])
-    first, second = float(gramian[1, 1]) - cross, float(gramian[0, 0]) - cross
+def _min_norm_pair(aa: float, ab: float, ba: float, bb: float) -> tuple[float, float]:
+    """In plain numbers: calls of NumPy would take most of the time."""
+    cross = 0.5 * (ab + ba)
+    first, second = bb - cross, aa - cross
+    if not math.isfinite(first + second):
+        return math.nan, math.nan
     if first <= 0 and second <= 0:  # identical rows: any weights do
-        return np.array([0.5, 0.5])
+        return 0.5, 0.5
     if second <= 0:
-        return np.array([1.0, 0.0])
+        return 1.0, 0.0
     if first <= 0:
-        return np.array([0.0, 1.0])
+        return 0.0, 1.0
     total = first + second
-    return np.array([first / total, second / total])
+    return first / total, second / total

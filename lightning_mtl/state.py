@@ -12,6 +12,8 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
+_NONE: dict[str, Any] = {}
+
 
 class Shards(Protocol):
     """How columns are divided over processes."""
@@ -47,6 +49,14 @@ class Stateful(Callback):
         self._seed: int | None = None
         self._initial_seed: int | None = None
         self._generator: torch.Generator | None = None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Keep count of nested balancers: they are asked for many times a step."""
+        super().__setattr__(name, value)
+        if isinstance(value, Stateful):
+            vars(self)["_nested"] = {**self.nested(), name: value}
+        elif name in self.nested():
+            vars(self)["_nested"] = {k: b for k, b in self.nested().items() if k != name}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Give each process tensors of its own: ``ddp_spawn`` sends them in shared memory."""
@@ -165,7 +175,8 @@ class Stateful(Callback):
 
     def nested(self) -> dict[str, Any]:
         """Balancers this one wraps, by attribute name; their state travels with this one's."""
-        return {k: v for k, v in vars(self).items() if isinstance(v, Stateful)}
+        found: dict[str, Any] = vars(self).get("_nested", _NONE)
+        return found
 
     def only(
         self, tasks: Sequence[str], present: Sequence[int] | None = None
@@ -239,7 +250,8 @@ class Stateful(Callback):
                 setattr(self, name, self._whole(name))
             self._divided.clear()
         self.shards = None
-        vars(self).pop("sum_shards", None)  # it holds the buffers of the run
+        for name in ("sum_shards", "_told_by"):  # they hold the buffers of the run
+            vars(self).pop(name, None)
         for nested in self.nested().values():
             nested.unshard()
 

@@ -33,6 +33,14 @@ if TYPE_CHECKING:
 class TrainerFlags(Callback):
     """Attached by the module itself; not for users."""
 
+    # Lightning enters a profiler's context for every hook that is callable, several a step: these
+    # have nothing to do here.
+    on_before_zero_grad: Any = None
+    on_before_backward: Any = None
+    on_after_backward: Any = None
+    on_before_optimizer_step: Any = None
+    on_train_batch_end: Any = None
+
     def __init__(self, module: MultiTaskModule) -> None:
         self.module = module
         self.flow: Flow | None = None

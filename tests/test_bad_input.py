@@ -306,7 +306,7 @@ NAMES = [
         r"`active_tasks` names the unknown task \['depht'\]; the module declares \['a', 'b'\]. Cor",
     ),
     (lambda: Balanced(active_tasks=["a", "a"]), r"each task once but found \['a'\] more than once"),
-    (lambda: Balanced(on_bad_loss="skip"), r"`on_bad_loss` .*'skip_step'\) but got 'skip'"),
+    (lambda: Balanced(on_bad_loss="skip"), r"`on_bad_loss` .*'ignore'\) but got 'skip'"),
 ]
 
 

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from lightning_mtl.balancer import Columns
 from lightning_mtl.jacobian import TaskGradients
 from lightning_mtl.losses import TaskLosses
 from lightning_mtl.state import Shards
@@ -75,12 +74,6 @@ class ShardedParameters(TaskGradients):
     def sum_shards(self, partial: Tensor) -> Tensor:
         """Sums over columns, completed over the processes that have the others."""
         return self.ranks.sum_(partial)
-
-    @property
-    def columns(self) -> Columns:
-        """The part of every shared parameter that this process has."""
-        names = tuple(self.shared or ())
-        return Columns(names, tuple(_local(self.parameters[n]).numel() for n in names))
 
     def _leaf(self, parameter: nn.Parameter) -> Tensor:
         return _local(parameter)

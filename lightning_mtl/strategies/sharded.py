@@ -88,7 +88,7 @@ class ShardedGradients(TaskGradients):
 
     def combine(self, weights: Tensor) -> Tensor:
         """This process's part of the direction, shape ``(m,)``."""
-        return torch.mv(self.shard.T, weights, out=self._own)
+        return torch.mv(self.shard.T, weights.to(self._own), out=self._own)
 
     def write_shared(self, direction: Tensor, *, every_column: bool) -> None:
         """Gather the direction from its parts, or take a whole one, into ``.grad``."""
