@@ -1,5 +1,6 @@
 """Multi-task balancing for PyTorch Lightning."""
 
+from lightning_mtl.bad import BadLossError
 from lightning_mtl.balancer import Balancer, GradientBalancer, LossBalancer
 from lightning_mtl.gradient_balancers import (
     IMTL,
@@ -47,7 +48,6 @@ from lightning_mtl.loss_balancers import (
     SoftOptimalUncertainty,
     UncertaintyWeighting,
 )
-from lightning_mtl.losses import BadLossError
 from lightning_mtl.metrics import ConflictRate, DeltaP, GradientCosine, GradientNorm
 from lightning_mtl.module import MultiTaskModule
 from lightning_mtl.monitor import GradientMonitor

@@ -87,7 +87,7 @@ def aggregate(
             if gradient_balancer.weight_heads:
                 weights = checked(gradient_balancer.head_weights(), gradient_balancer, losses)
                 head_weights = _product(scale, weights)
-            alignment = gradients.sum_shards(scaled @ direction) if observed else None
+            alignment = gradients.along(scaled, direction) if observed else None
             if alignment is not None and omega is not None:
                 alignment = alignment / omega.to(alignment)
         else:
@@ -104,11 +104,11 @@ def aggregate(
                     head_weights = _product(scale, own)
             every_column = False
             direction = gradients.combine(of_all(combined, rows, len(tasks), losses))
-            alignment = gradients.sum_shards(jacobian @ direction) if observed else None
+            alignment = gradients.along(jacobian, direction) if observed else None
             if alignment is not None:
                 alignment = alignment.to(losses.device)
                 alignment = _product(alignment if rows is None else alignment[rows], means)
-    norm = gradients.sum_shards(direction @ direction).sqrt() if observed else None
+    norm = gradients.length(direction) if observed else None
     if share * loss_scale != 1.0:
         direction = direction * (share * loss_scale)
     if share != 1.0:

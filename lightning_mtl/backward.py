@@ -11,15 +11,17 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_mtl.aggregate import aggregate, checked, of_all
+from lightning_mtl.bad import bad_gradients, bad_losses, bad_sum
 from lightning_mtl.balancer import GradientBalancer, LossBalancer
+from lightning_mtl.blocks import Blocks
 from lightning_mtl.group import Group
 from lightning_mtl.host import all_finite, to_host
 from lightning_mtl.jacobian import TaskGradients
 from lightning_mtl.layout import Layout, no_shared
 from lightning_mtl.loss_balancers import EqualWeighting
-from lightning_mtl.losses import TaskLosses, bad_gradients, bad_losses, bad_sum
+from lightning_mtl.losses import TaskLosses
 from lightning_mtl.perturbed import perturbed_rows
-from lightning_mtl.probe import Probe, open_probe
+from lightning_mtl.probe import Probe, check_shared, open_probe
 from lightning_mtl.record import StepRecord
 from lightning_mtl.strategies.fsdp2 import locals_of
 
@@ -83,10 +85,7 @@ class Backward:
             self._reuse(losses, group, gradients, stepping)
         elif group.form == "probe":
             assert self.gradient_balancer is not None
-            marked = group.representation
-            probe = open_probe(
-                self.module, self.gradient_balancer, gradients, losses, marked, self.scale
-            )
+            probe = self._probe(losses, group, gradients)
             self._balance(group, probe)
             if not group.skip:
                 self._refuse_bad_sum(group)
@@ -102,6 +101,18 @@ class Backward:
                 self._balance(group, gradients)
         self.trainer.precision_plugin.post_backward(total, self.module)
         return total
+
+    def _probe(self, losses: TaskLosses, group: Group, gradients: TaskGradients) -> Probe:
+        """Task gradients by a few columns at a time, in place of all rows of J."""
+        module, balancer = self.module, self.gradient_balancer
+        assert balancer is not None
+        if balancer.gradients != "parameters":
+            marked = group.representation
+            return open_probe(module, balancer, gradients, losses, marked, self.scale)
+        check_shared(module, balancer, gradients, "`gradient_memory='blocks'`")
+        probe = Blocks(gradients, module.gradient_blocks, self.scale)
+        probe.collect(losses)
+        return probe
 
     def _add_rows(
         self, losses: TaskLosses, group: Group, gradients: TaskGradients, stepping: bool
@@ -292,7 +303,7 @@ class Backward:
                 kept = [i for i, t in enumerate(present) if t not in bad]
                 losses, present = losses[kept], group.present()
                 if gramian is not None:
-                    gramian = gramian_of(jacobian, gradients)
+                    gramian = gradients.gramian(jacobian)
         if group.dropped:
             gradients.agree()  # what only a dropped task reached gets no gradient
         if balancer is not None and group.wanted is None and sizes is not None:
@@ -330,13 +341,13 @@ class Backward:
         if not (weighted or group.observed or checks):
             return None, None, losses
         sums = weighted or group.observed
-        table = gramian_of(jacobian, gradients) if sums else gradients.norms(jacobian)
+        table = gradients.gramian(jacobian) if sums else gradients.norms(jacobian)
         if not checks:
             table, losses = to_host(table, losses)
             return table, None, losses
         alone = self.layout.ranks.alone
         table, losses, flag = to_host(
-            table, losses, gradients.heads_flag() if alone else losses.new_zeros(())
+            table, losses, gradients.heads.flag() if alone else losses.new_zeros(())
         )
         sizes: list[float] = (table.diagonal() if sums else table).tolist()
         if flag.item() or not alone:
@@ -361,8 +372,3 @@ class Backward:
                 f"good for every task (MinNorm) stop the shared parameters then. Look for a "
                 f"detached or saturated path, or leave the task out with `active_tasks`."
             )
-
-
-def gramian_of(jacobian: Tensor, gradients: TaskGradients | Probe) -> Tensor:
-    """Inner products of the rows, complete over processes."""
-    return gradients.sum_shards(jacobian @ jacobian.T)

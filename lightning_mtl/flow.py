@@ -205,12 +205,13 @@ class Flow:
         group.late = self._late()
         group.representation = self._representation
         if balancer is not None:
+            blocks = self.module.gradient_memory == "blocks" and not self._perturbed
+            narrow = blocks or balancer.gradients != "parameters"
+            self.layout.probing = narrow and len(tasks) > 1
             if self.trainer.accumulate_grad_batches != self._every:  # a callback may change it
                 check_batches(self.trainer, balancer)
                 self._every = self.trainer.accumulate_grad_batches
-            group.form = (
-                "probe" if balancer.gradients != "parameters" and len(tasks) > 1 else "rows"
-            )
+            group.form = "probe" if self.layout.probing else "rows"
             if self._perturbed:
                 group.form = "perturbed"
             elif not rows and losses.present:

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_mtl.balancer import Columns
-from lightning_mtl.host import non_finite
+from lightning_mtl.graph import reachable
+from lightning_mtl.heads import HeadGradients
 from lightning_mtl.losses import TaskLosses
 from lightning_mtl.state import Shards
+from lightning_mtl.storage import Memory, allocate, along, combine, gramian
 from lightning_mtl.strategies import OneProcess
 
 Named = dict[str, nn.Parameter]
@@ -30,7 +32,8 @@ class TaskGradients:
         num_tasks: number of active tasks T.
         shared: names of the shared parameters; ``None`` to find them.
         ranks: the processes of the run, over which gradients are summed.
-        in_place: row 0 is the direction itself, when nothing is to be combined.
+        memory: where and how the rows are kept.
+        in_place: there is one row, the direction itself, when nothing is to be combined.
     """
 
     def __init__(
@@ -40,8 +43,10 @@ class TaskGradients:
         shared: Sequence[str] | None = None,
         ranks: OneProcess | None = None,
         *,
+        memory: Memory = "full",
         in_place: bool = False,
     ) -> None:
+        self._memory: Memory = memory
         self._in_place = in_place
         self.ranks = OneProcess() if ranks is None else ranks
         self.num_tasks = num_tasks
@@ -49,9 +54,7 @@ class TaskGradients:
         self.rows: Tensor | None = None
         self._written = [False] * num_tasks
         self._sent: list[Callable[[], Any]] = []  # to wait for each row's sum over ranks
-        # {name: gradient} of each task; while the shared parameters are unknown, of all of them.
-        self._heads: list[dict[str, Tensor]] = [{} for _ in range(num_tasks)]
-        self._owned = False  # whether head gradients are tensors of our own
+        self.heads = HeadGradients(num_tasks)  # of all parameters, while the shared are unknown
         self.shared: list[str] | None = None
         self._columns = Columns((), ())
         self._order = list(parameters)
@@ -72,8 +75,7 @@ class TaskGradients:
     def begin(self) -> None:
         """Start a new optimiser step."""
         self._written = [False] * self.num_tasks
-        self._heads = [{} for _ in range(self.num_tasks)]
-        self._owned = False
+        self.heads.begin()
         self._reached = [False] * len(self.shared or ())
         self._apart: list[Tensor] = []
         self._sent = []
@@ -136,7 +138,7 @@ class TaskGradients:
                 "or train without a gradient balancer."
             )
         if heads:
-            self._add_to_heads(task, grads)
+            self.heads.add(task, self._order[split:], grads)
         self._written[task] |= shared
 
     def add_heads(self, task: int, loss: Tensor, others: Sequence[Tensor]) -> list[Tensor | None]:
@@ -144,14 +146,8 @@ class TaskGradients:
         assert self.shared is not None
         heads = self._inputs[len(self.shared) :]
         grads = torch.autograd.grad(loss, [*others, *heads], retain_graph=True, allow_unused=True)
-        self._add_to_heads(task, grads[len(others) :])
+        self.heads.add(task, self._order[len(self.shared) :], grads[len(others) :])
         return list(grads[: len(others)])
-
-    def _add_to_heads(self, task: int, grads: Sequence[Tensor | None]) -> None:
-        heads = self._heads[task]
-        for name, grad in zip(self._order[-len(grads) :] if grads else (), grads, strict=True):
-            if grad is not None:
-                heads[name] = heads[name] + grad if name in heads else grad
 
     def add_to_row(self, task: int, grads: Sequence[Tensor | None]) -> None:
         """Add gradients of the shared parameters, in their order, to a row."""
@@ -180,11 +176,7 @@ class TaskGradients:
     def drop(self, task: int) -> None:
         """Forget what task ``task`` contributed to this step."""
         self._written[task] = False
-        self._heads[task] = {}
-
-    def heads_of(self, task: int) -> dict[str, Tensor]:
-        """Gradients of the parameters outside the rows that a task reached in this process."""
-        return self._heads[task]
+        self.heads.by_task[task] = {}
 
     def finish(self) -> Tensor:
         """The Jacobian of the step, shape ``(T, P)``, summed over ranks.
@@ -223,6 +215,18 @@ class TaskGradients:
         """Sums over columns, completed over the processes that have others: here, nobody has."""
         return partial
 
+    def gramian(self, rows: Tensor) -> Tensor:
+        """Inner products of the rows, complete over all columns, shape ``(T, T)``."""
+        return self.sum_shards(gramian(rows))
+
+    def along(self, rows: Tensor, direction: Tensor) -> Tensor:
+        """Inner products of the rows with the direction, over all columns, shape ``(T,)``."""
+        return self.sum_shards(along(rows, direction))
+
+    def length(self, direction: Tensor) -> Tensor:
+        """Norm of the direction over all columns."""
+        return self.sum_shards(direction @ direction).sqrt()
+
     @property
     def shards(self) -> Shards | None:
         """How columns are divided over processes; ``None`` when each has all of them."""
@@ -230,14 +234,15 @@ class TaskGradients:
 
     def norms(self, rows: Tensor) -> Tensor:
         """Norms of rows, complete over all columns."""
-        norms: Tensor = torch.linalg.vector_norm(rows, dim=1)
+        wide = torch.promote_types(rows.dtype, torch.float32)
+        norms: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=wide)
         return norms
 
     def _close(self) -> Tensor:
         if self.shared is None:
-            self._fix(self._shared_of([set(heads) for heads in self._heads]))
+            self._fix(self._shared_of([set(heads) for heads in self.heads.by_task]))
         assert self.rows is not None
-        for task in range(len(self._sent), self.num_tasks):
+        for task in range(len(self._sent), len(self.rows)):
             self._close_row(task)
         return self.rows
 
@@ -264,15 +269,17 @@ class TaskGradients:
         for p in chosen:
             dtype = torch.promote_types(dtype, p.dtype)
         total = sum(p.numel() for p in chosen)
-        device = chosen[0].device if chosen else None
-        self.rows = self._allocate(total, dtype=dtype, device=device)
+        like = chosen[0] if chosen else torch.zeros(0)
+        self.rows = self._allocate(total, like, dtype)
         self._row_views = [_views(row, chosen) for row in self.rows]
-        self._direction = self.rows[0] if self._in_place else torch.zeros_like(self.rows[0])
+        width = self.rows.shape[1]
+        self._direction = self.rows[0] if self._in_place else self._line(width, like, dtype)
         self._direction_views = _views(self._direction, chosen)
-        self._reached = [any(name in heads for heads in self._heads) for name in shared]
-        for task, heads in enumerate(self._heads):
+        self._reached = [any(name in heads for heads in self.heads.by_task) for name in shared]
+        for task, heads in enumerate(self.heads.by_task):
             found = {name: heads.pop(name) for name in shared if name in heads}
-            for name, view in zip(shared, self._row_views[task], strict=True):
+            views = self._row_views[task] if found else ()
+            for name, view in zip(shared, views, strict=bool(found)):
                 if name in found:
                     view.copy_(found[name])
 
@@ -284,8 +291,13 @@ class TaskGradients:
         """What becomes the ``.grad`` of a parameter."""
         return local if local.dtype == parameter.dtype else local.to(parameter.dtype)
 
-    def _allocate(self, total: int, **kwargs: Any) -> Tensor:
-        return torch.zeros(self.num_tasks, total, **kwargs)
+    def _allocate(self, total: int, like: Tensor, dtype: torch.dtype) -> Tensor:
+        number = 1 if self._in_place else self.num_tasks
+        return allocate(number, total, self._memory, like, dtype)
+
+    def _line(self, width: int, like: Tensor, dtype: torch.dtype) -> Tensor:
+        """A direction: on the device, in float32 or wider."""
+        return torch.zeros(width, dtype=dtype, device=like.device)
 
     def write_shared(self, direction: Tensor, *, every_column: bool) -> None:
         """Make ``direction``, shape ``(P,)``, the ``.grad`` of the shared parameters.
@@ -306,7 +318,7 @@ class TaskGradients:
     def combine(self, weights: Tensor) -> Tensor:
         """The direction ``weights @ J``, shape ``(P,)``, in the buffer behind ``.grad``."""
         assert self.rows is not None
-        return torch.mv(self.rows.T, weights.to(self._direction), out=self._direction)
+        return combine(self.rows, weights, self._direction)
 
     def write_heads(self, weights: Tensor | None) -> None:
         """Make each task's head gradients, times its weight, the ``.grad`` of its own parameters.
@@ -314,22 +326,12 @@ class TaskGradients:
         Args:
             weights: shape ``(T,)``; ``None`` for ones.
         """
-        if not self._owned:
-            self.own_heads()
-        grads = [grad for heads in self._heads for grad in heads.values()]
-        if weights is not None and grads:
-            pairs = zip(weights.tolist(), self._heads, strict=True)
-            torch._foreach_mul_(grads, [w for w, heads in pairs for _ in heads])
-        found: dict[str, Tensor] = {}
-        for heads in self._heads:
-            for name, grad in heads.items():
-                # A parameter outside the rows may still belong to several tasks: their sum.
-                found[name] = found[name] + grad if name in found else grad
+        found = self.heads.weighted(weights)
         if not self.ranks.alone:
             found = self._sum_heads(found)
         for name, grad in found.items():
             self.parameters[name].grad = self._grad(self.parameters[name], grad)
-        self._heads = [{} for _ in range(self.num_tasks)]
+        self.heads.begin()
 
     def _sum_heads(self, found: dict[str, Tensor]) -> dict[str, Tensor]:
         """Head gradients summed over ranks, for every parameter that any of them reached."""
@@ -345,27 +347,9 @@ class TaskGradients:
         reached = [n for n, r in zip(names, self._heads_reached, strict=True) if r]
         return {n: views[n] for n in reached}
 
-    def own_heads(self) -> None:
-        """Copy the head gradients, since weights, checks and clipping work in place.
-
-        Two parameters may have got one tensor from autograd, or one with stride 0.
-        """
-        grads = [grad for heads in self._heads for grad in heads.values()]
-        on_cpu = all(grad.device.type == "cpu" for grad in grads)  # where single calls cost less
-        copies = iter([g.clone() for g in grads] if on_cpu else torch._foreach_mul(grads, 1.0))
-        self._heads = [{name: next(copies) for name in heads} for heads in self._heads]
-        self._owned = True
-
-    def heads_flag(self) -> Tensor:
-        """A number on the device, above zero if a gradient outside the rows is not finite."""
-        self.own_heads()
-        return non_finite([grad for heads in self._heads for grad in heads.values()])
-
     def head_sizes(self) -> list[float]:
-        """A number for each task that is not finite where a gradient outside its row is not."""
-        grads = [grad for heads in self._heads for grad in heads.values()]
-        norms = iter(torch.stack(torch._foreach_norm(grads)).tolist() if grads else ())
-        sizes = [sum(next(norms) for _ in heads) for heads in self._heads]
+        """A number for each task, the same on every rank, not finite where a head gradient is."""
+        sizes = self.heads.sizes()
         return sizes if self.ranks.alone else self.agree(sizes)
 
     def agree(self, sizes: Sequence[float] = ()) -> list[float]:
@@ -373,43 +357,13 @@ class TaskGradients:
         if self.ranks.alone:
             return list(sizes)
         heads = self._order[len(self.shared or ()) :]
-        met = [any(name in found for found in self._heads) for name in heads]
+        met = [any(name in found for found in self.heads.by_task) for name in heads]
         values = torch.tensor([*sizes, *self._reached, *met], dtype=torch.float64)
         values = self.ranks.sum_(values.to(self.ranks.device)).cpu()
         split = len(sizes) + len(self._reached)
         self._reached = (values[len(sizes) : split] > 0).tolist()
         self._heads_reached = (values[split:] > 0).tolist()
         return list(values[: len(sizes)].tolist())
-
-
-def reachable(loss: Tensor, stop: Tensor | None = None) -> set[int]:
-    """Ids of the leaves that a loss depends on, from its graph.
-
-    Args:
-        loss: with a graph.
-        stop: a tensor behind which not to look.
-
-    Raises:
-        ValueError: reentrant activation checkpointing hides a part of the graph.
-    """
-    todo, seen, leaves = [loss.grad_fn], set(), set()
-    if stop is not None:
-        seen.add(stop.grad_fn)
-    while todo:
-        node = todo.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if node.name() == "CheckpointFunctionBackward":
-            raise ValueError(
-                "Expected the whole graph of the losses but found reentrant activation "
-                "checkpointing, which hides the parameters inside from task gradients. Call "
-                "`torch.utils.checkpoint.checkpoint(..., use_reentrant=False)`."
-            )
-        if hasattr(node, "variable"):
-            leaves.add(id(node.variable))
-        todo += [following for following, _ in node.next_functions]
-    return leaves
 
 
 def _views(flat: Tensor, parameters: Iterable[Tensor]) -> list[Tensor]:

@@ -32,6 +32,7 @@ class Layout:
         self._gradients: TaskGradients | None = None
         self._summed: TaskGradients | None = None
         self._captured: dict[str, nn.Parameter] = {}
+        self.probing = False  # whether J is never whole
 
     @property
     def known(self) -> bool:
@@ -44,7 +45,10 @@ class Layout:
             parameters = self._trainable(optimizers)
             shared = shared_names(self.module, parameters, self.saved, self._saved_trainable)
             num_tasks = len(self.module.training_tasks)
-            self._gradients = self._make(parameters, num_tasks, shared, self.ranks)
+            memory = self.module.gradient_memory
+            self._gradients = self._make(
+                parameters, num_tasks, shared, self.ranks, memory=memory, in_place=self.probing
+            )
         return self._gradients
 
     def summed(self, optimizers: Sequence[Any]) -> TaskGradients:

@@ -12,10 +12,13 @@ from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
+from lightning_mtl.arguments import one_of, whole
+from lightning_mtl.bad import OnBadLoss
 from lightning_mtl.evaluation import Evaluation
 from lightning_mtl.flow import Flow
-from lightning_mtl.losses import OnBadLoss, check_task_names, known_tasks
+from lightning_mtl.losses import check_task_names, known_tasks
 from lightning_mtl.record import StepRecord
+from lightning_mtl.storage import Memory
 from lightning_mtl.supported import check_trainer
 from lightning_mtl.task import Task
 from lightning_mtl.trainer_flags import TrainerFlags
@@ -86,11 +89,18 @@ class MultiTaskModule(LightningModule):
             all.
         on_bad_loss: what a loss that is not finite (or not positive under a logarithm) leads to:
             ``"raise"`` an error that names task and step, ``"skip_task"`` for this batch, or
-            ``"skip_step"``. It never reaches a parameter.
+            ``"skip_step"``; with these it never reaches a parameter. ``"ignore"`` looks at nothing,
+            like plain Lightning, so that no step waits for the device because of it.
         baseline: single-task results for Δp, ``{task: {metric: value}}`` or the ``baseline.json``
             of ``lightning-mtl compare``.
         shard_gradients: with several processes, let each keep a part of the columns of the task
             gradients instead of all of them: less memory, also for state as large as they are.
+        gradient_memory: where task gradients are kept. ``"full"``: on the device, in float32 or
+            wider. ``"bf16"``: half of that, to three digits. ``"host"``: in the memory of the host,
+            and with them state as large as they are; every row travels there. ``"blocks"``: those
+            of a part of the parameters at a time, for methods with weights from the Gramian; the
+            weights are exact, and backward passes are repeated. docs/cost.md has the prices.
+        gradient_blocks: in how many parts ``"blocks"`` cuts the shared parameters.
         delta_p_metrics: for modules with their own loop, ``{task: {logged name: higher is
             better}}``.
     """
@@ -102,6 +112,8 @@ class MultiTaskModule(LightningModule):
         active_tasks: Sequence[str] | None = None,
         on_bad_loss: OnBadLoss = "raise",
         shard_gradients: bool = False,
+        gradient_memory: Memory = "full",
+        gradient_blocks: int = 4,
         baseline: Mapping[str, Mapping[str, float]] | str | Path | None = None,
         delta_p_metrics: Mapping[str, Mapping[str, bool]] | None = None,
     ) -> None:
@@ -111,6 +123,10 @@ class MultiTaskModule(LightningModule):
                 f"Expected argument `on_bad_loss` to be one of {get_args(OnBadLoss)} but got "
                 f"{on_bad_loss!r}."
             )
+        self.gradient_memory: Memory = one_of(
+            self, "gradient_memory", gradient_memory, get_args(Memory)
+        )
+        self.gradient_blocks = whole(self, "gradient_blocks", gradient_blocks)
         self.automatic_optimization = False
         self.on_bad_loss = on_bad_loss
         self.shard_gradients = shard_gradients

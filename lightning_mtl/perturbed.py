@@ -175,7 +175,7 @@ def _own_gradients(
     gradients: TaskGradients, present: Sequence[int]
 ) -> list[tuple[list[str], Tensor]]:
     """Each task's own parameters by name, and its gradient by them as a vector, over all ranks."""
-    heads, ranks = [gradients.heads_of(t) for t in present], gradients.ranks
+    heads, ranks = [gradients.heads.by_task[t] for t in present], gradients.ranks
     names = [list(found) for found in heads]
     if not ranks.alone:  # ranks may have met different tasks
         shared = set(gradients.shared or ())

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_mtl.balancer import Columns, GradientBalancer
-from lightning_mtl.jacobian import TaskGradients, reachable
+from lightning_mtl.graph import reachable
+from lightning_mtl.heads import HeadGradients
+from lightning_mtl.jacobian import TaskGradients
 from lightning_mtl.layout import no_shared
 
 if TYPE_CHECKING:
@@ -83,6 +85,18 @@ class Probe:
         """Sums over columns, completed over ranks: each has the representation of its batch."""
         return partial if self.representation is None else self.gradients.ranks.sum_(partial)
 
+    def gramian(self, rows: Tensor) -> Tensor:
+        """Inner products of the rows, complete over ranks, shape ``(T, T)``."""
+        return self.sum_shards(rows @ rows.T)
+
+    def along(self, rows: Tensor, direction: Tensor) -> Tensor:
+        """Inner products of the rows with the direction, shape ``(T,)``."""
+        return self.sum_shards(rows @ direction)
+
+    def length(self, direction: Tensor) -> Tensor:
+        """Norm of the direction."""
+        return self.sum_shards(direction @ direction).sqrt()
+
     @property
     def shards(self) -> None:
         """No state follows these columns."""
@@ -102,9 +116,10 @@ class Probe:
         """As that of :class:`TaskGradients`."""
         self.gradients.agree()
 
-    def heads_flag(self) -> Tensor:
-        """As that of :class:`TaskGradients`."""
-        return self.gradients.heads_flag()
+    @property
+    def heads(self) -> HeadGradients:
+        """Those of the tasks."""
+        return self.gradients.heads
 
     def head_sizes(self) -> list[float]:
         """As those of :class:`TaskGradients`."""
@@ -161,15 +176,8 @@ def open_probe(
         ValueError: the shared parameters are not known yet, there are none, or the representation
             was not marked once.
     """
-    level, tasks = balancer.gradients, module.training_tasks
-    if not gradients.known:
-        raise ValueError(
-            f"Expected every task in the first optimiser step with `gradients='{level}'` but found "
-            f"{[tasks[t] for t in losses.tasks]} of {list(tasks)}. Override `shared_parameters()` "
-            f"if a task may be missing from it."
-        )
-    if not gradients.shared:
-        raise ValueError(no_shared(module, type(balancer).__name__))
+    level = balancer.gradients
+    check_shared(module, balancer, gradients, f"`gradients='{level}'`")
     tensors: Sequence[Tensor] = marked
     if level == "last_layer":
         tensors = last_layer(module, gradients)
@@ -183,6 +191,24 @@ def open_probe(
     probe = Probe(gradients, tensors, representation=level == "representation", scale=scale)
     probe.collect(losses)
     return probe
+
+
+def check_shared(
+    module: MultiTaskModule, balancer: GradientBalancer, gradients: TaskGradients, option: str
+) -> None:
+    """Refuse shared parameters that are not known, or none.
+
+    Raises:
+        ValueError: the first step had not every task, or there are no shared parameters.
+    """
+    if not gradients.known:
+        raise ValueError(
+            f"Expected every task in the first optimiser step with {option} but some of "
+            f"{list(module.training_tasks)} are missing. Override `shared_parameters()` if a task "
+            f"may be missing from it."
+        )
+    if not gradients.shared:
+        raise ValueError(no_shared(module, type(balancer).__name__))
 
 
 def last_layer(module: MultiTaskModule, gradients: TaskGradients) -> list[nn.Parameter]:

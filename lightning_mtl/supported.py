@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import Callback, Trainer
@@ -141,6 +141,7 @@ def check_batches(trainer: Trainer, balancer: GradientBalancer | None) -> None:
             )
     if isinstance(balancer, Perturbing):
         _check_perturbing(trainer, balancer)
+    _check_memory(trainer, balancer)
     if balancer.gradients != "parameters" and isinstance(trainer.strategy, ModelParallelStrategy):
         raise MisconfigurationException(
             f"Expected `gradients='parameters'` of {name} under FSDP2 but found "
@@ -157,6 +158,35 @@ def check_batches(trainer: Trainer, balancer: GradientBalancer | None) -> None:
             f"Expected `accumulate_grad_batches={balancer.batches}` with "
             f"{name}(batches={balancer.batches}) but found {every}: it takes that many batches "
             f"apart in every optimiser step. Set the flag of the Trainer."
+        )
+
+
+def _check_memory(trainer: Trainer, balancer: GradientBalancer) -> None:
+    """Refuse ways to keep task gradients that a balancer or a strategy cannot work with."""
+    module: Any = trainer.lightning_module
+    memory, name = module.gradient_memory, type(balancer).__name__
+    several = isinstance(trainer.strategy, (DDPStrategy, ModelParallelStrategy))
+    if memory == "host" and several:
+        raise MisconfigurationException(
+            "Expected one process with `gradient_memory='host'` but found several: task gradients "
+            "are summed over processes on their devices. Use `shard_gradients=True`, or 'bf16'."
+        )
+    if memory != "blocks" or balancer.gradients != "parameters":
+        return
+    found = ""
+    if not balancer.gramian_weighted or isinstance(balancer, Perturbing) or balancer.batches > 1:
+        found = f"{name}, which needs task gradients whole"
+    elif trainer.accumulate_grad_batches > 1:
+        found = f"`accumulate_grad_batches={trainer.accumulate_grad_batches}`"
+    elif isinstance(trainer.strategy, ModelParallelStrategy):
+        found = "FSDP2, which divides them already"
+    elif module.shard_gradients:
+        found = "`shard_gradients=True`"
+    if found:
+        raise MisconfigurationException(
+            f"Expected a method with weights from the Gramian and the graph of the whole step with "
+            f"`gradient_memory='blocks'` but found {found}. Use `gradient_memory='bf16'`, or "
+            f"'full' with `shard_gradients=True` under `strategy='ddp'`."
         )
 
 

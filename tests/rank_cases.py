@@ -19,6 +19,7 @@ from tests.models import Balanced, Batched, Samples
 
 TASKS = ("a", "b", "c")
 STEPS, BATCH = 20, 12
+MEMORY = ("blocks", "bf16", "sharded bf16")
 VARIANTS = ("plain", "accumulate", "missing", "sharded", "fsdp2")
 
 
@@ -104,7 +105,12 @@ def fit(
     )
     torch.manual_seed(5)
     model = Fsdp2 if fsdp2 else Labelled
-    module = model(variant == "missing", lr, shard_gradients=variant == "sharded")
+    module = model(
+        variant == "missing",
+        lr,
+        shard_gradients=variant.startswith("sharded"),
+        gradient_memory=variant.removeprefix("sharded ") if variant in MEMORY else "full",
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         run.fit(module, batches(rank, world, variant == "missing"))

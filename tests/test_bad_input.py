@@ -21,7 +21,7 @@ from lightning_mtl import (
     MultiTaskModule,
     Scalarization,
 )
-from lightning_mtl.losses import BadLossError
+from lightning_mtl.bad import BadLossError
 from tests.faulty import Fault, Faulty, batches, change, fitted, parameters, same, state, without
 from tests.models import Balanced, Network, trainer
 

@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch import Callback
 from torch import Tensor
 
+from lightning_mtl.bad import BadLossError
 from lightning_mtl.balancer import GradientBalancer, LossBalancer
 from lightning_mtl.gradient_balancers.aligned_mtl import AlignedMTL
 from lightning_mtl.gradient_balancers.cagrad import CAGrad
@@ -33,7 +34,6 @@ from lightning_mtl.gradient_balancers.upgrad import UPGrad
 from lightning_mtl.loss_balancers.dynamic_weight_average import DynamicWeightAverage
 from lightning_mtl.loss_balancers.famo import FAMO
 from lightning_mtl.loss_balancers.geometric_mean import GeometricMean
-from lightning_mtl.losses import BadLossError
 from tests.methods import METHODS, Method, direction, fixture, named
 from tests.models import Balanced, Sum, loader, trainer, weights
 from tests.test_edges import fit_both

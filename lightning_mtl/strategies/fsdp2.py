@@ -43,14 +43,15 @@ class ShardedParameters(TaskGradients):
                 found[name] = _local(p.grad)
                 p.grad = None
         if self.shared is None:
-            self._add_to_heads(task, [found.get(name) for name in self._order])
+            self.heads.add(task, self._order, [found.get(name) for name in self._order])
             self._written[task] = True
             return
         split = len(self.shared)
         if shared:
             self.add_to_row(task, [found.get(name) for name in self._order[:split]])
         if heads:
-            self._add_to_heads(task, [found.get(name) for name in self._order[split:]])
+            own = self._order[split:]
+            self.heads.add(task, own, [found.get(name) for name in own])
 
     def finish(self) -> Tensor:
         """This process's columns of the Jacobian, which are summed over ranks already."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_mtl.balancer import Columns
 from lightning_mtl.jacobian import TaskGradients
 from lightning_mtl.state import Shards
+from lightning_mtl.storage import combine
 
 
 class ShardedGradients(TaskGradients):
@@ -45,12 +46,11 @@ class ShardedGradients(TaskGradients):
         """How many columns all processes have together."""
         return self._total
 
-    def _allocate(self, total: int, **kwargs: Any) -> Tensor:
+    def _allocate(self, total: int, like: Tensor, dtype: torch.dtype) -> Tensor:
         self._total = total
-        rows = torch.zeros(self.num_tasks, self.width * self.ranks.size, **kwargs)
-        self.shard = torch.zeros(self.num_tasks, self.width, **kwargs)
-        self._own = torch.zeros(self.width, **kwargs)
-        return rows
+        self.shard = super()._allocate(self.width, like, dtype)
+        self._own = self._line(self.width, like, dtype)
+        return super()._allocate(self.width * self.ranks.size, like, dtype)
 
     def finish(self) -> Tensor:
         """This process's columns of the Jacobian of the step, shape ``(T, m)``."""
@@ -88,12 +88,13 @@ class ShardedGradients(TaskGradients):
 
     def combine(self, weights: Tensor) -> Tensor:
         """This process's part of the direction, shape ``(m,)``."""
-        return torch.mv(self.shard.T, weights.to(self._own), out=self._own)
+        return combine(self.shard, weights, self._own)
 
     def write_shared(self, direction: Tensor, *, every_column: bool) -> None:
         """Gather the direction from its parts, or take a whole one, into ``.grad``."""
         if direction.numel() != self._direction.numel():
-            direction = self.ranks.gather_columns(direction, self._direction)
+            own = direction.to(self._direction)
+            direction = self.ranks.gather_columns(own, self._direction)
         super().write_shared(direction, every_column=every_column)
 
     # ------------------------------------------------------- state that follows the columns

@@ -1,0 +1,35 @@
+"""What the graph of a loss reaches."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def reachable(loss: Tensor, stop: Tensor | None = None) -> set[int]:
+    """Ids of the leaves that a loss depends on, from its graph.
+
+    Args:
+        loss: with a graph.
+        stop: a tensor behind which not to look.
+
+    Raises:
+        ValueError: reentrant activation checkpointing hides a part of the graph.
+    """
+    todo, seen, leaves = [loss.grad_fn], set(), set()
+    if stop is not None:
+        seen.add(stop.grad_fn)
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node.name() == "CheckpointFunctionBackward":
+            raise ValueError(
+                "Expected the whole graph of the losses but found reentrant activation "
+                "checkpointing, which hides the parameters inside from task gradients. Call "
+                "`torch.utils.checkpoint.checkpoint(..., use_reentrant=False)`."
+            )
+        if hasattr(node, "variable"):
+            leaves.add(id(node.variable))
+        todo += [following for following, _ in node.next_functions]
+    return leaves

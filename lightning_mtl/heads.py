@@ -1,0 +1,74 @@
+"""Gradients of the parameters outside the rows: a task's own, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_mtl.host import non_finite
+
+
+class HeadGradients:
+    """Head gradients of every task in one optimiser step, added up over micro-batches.
+
+    Args:
+        num_tasks: number of active tasks T.
+    """
+
+    def __init__(self, num_tasks: int) -> None:
+        self.by_task: list[dict[str, Tensor]] = [{} for _ in range(num_tasks)]
+        self._owned = False
+
+    def begin(self) -> None:
+        """Start a new optimiser step."""
+        self.by_task = [{} for _ in self.by_task]
+        self._owned = False
+
+    def add(self, task: int, names: Sequence[str], grads: Sequence[Tensor | None]) -> None:
+        """Add gradients of the named parameters; ``None`` where a task does not reach one."""
+        heads = self.by_task[task]
+        for name, grad in zip(names, grads, strict=True):
+            if grad is not None:
+                heads[name] = heads[name] + grad if name in heads else grad
+
+    def own(self) -> None:
+        """Copy the gradients once, since weights, checks and clipping work in place.
+
+        Two parameters may have got one tensor from autograd, or one with stride 0.
+        """
+        if self._owned:
+            return
+        grads = self._all()
+        on_cpu = all(grad.device.type == "cpu" for grad in grads)  # where single calls cost less
+        copies = iter([g.clone() for g in grads] if on_cpu else torch._foreach_mul(grads, 1.0))
+        self.by_task = [{name: next(copies) for name in heads} for heads in self.by_task]
+        self._owned = True
+
+    def flag(self) -> Tensor:
+        """A number on the device, above zero if a gradient is not finite."""
+        self.own()
+        return non_finite(self._all())
+
+    def sizes(self) -> list[float]:
+        """A number for each task that is not finite where a gradient of it is not."""
+        grads = self._all()
+        norms = iter(torch.stack(torch._foreach_norm(grads)).tolist() if grads else ())
+        return [sum(next(norms) for _ in heads) for heads in self.by_task]
+
+    def weighted(self, weights: Tensor | None) -> dict[str, Tensor]:
+        """The gradients by name, each task's times its weight; ``None`` for ones."""
+        self.own()
+        if weights is not None and (grads := self._all()):
+            pairs = zip(weights.tolist(), self.by_task, strict=True)
+            torch._foreach_mul_(grads, [w for w, heads in pairs for _ in heads])
+        found: dict[str, Tensor] = {}
+        for heads in self.by_task:
+            for name, grad in heads.items():
+                # A parameter outside the rows may still belong to several tasks: their sum.
+                found[name] = found[name] + grad if name in found else grad
+        return found
+
+    def _all(self) -> list[Tensor]:
+        return [grad for heads in self.by_task for grad in heads.values()]
