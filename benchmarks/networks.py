@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
 import torchvision
 from torch import Tensor, nn
+
+Trunk = Callable[[], tuple[nn.Module, int]]  # makes a trunk, and says how many features it has
 
 
 class Network(nn.Module):
@@ -31,36 +35,49 @@ class Network(nn.Module):
 
 @dataclass(frozen=True)
 class Model:
-    """A network and a batch for it; everything is drawn with seed 0."""
+    """A network and a batch for it; everything is drawn with seed 0 and 1."""
 
     name: str
     tasks: int
-    trunk: Callable[[], tuple[nn.Module, int]]
+    trunk: Trunk
     inputs: tuple[int, ...]
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+    clock: Callable[[], float] = time.perf_counter
 
     def network(self) -> Network:
         torch.manual_seed(0)
         trunk, features = self.trunk()
-        return Network(trunk, features, self.tasks)
+        return Network(trunk, features, self.tasks).to(self.device, self.dtype)
 
     def batch(self) -> list[Tensor]:
         torch.manual_seed(1)
-        return [torch.randn(*self.inputs), torch.randn(self.inputs[0], self.tasks)]
+        drawn = torch.randn(*self.inputs), torch.randn(self.inputs[0], self.tasks)
+        return [x.to(self.device, self.dtype) for x in drawn]
+
+    def shared(self) -> int:
+        """Number of shared parameters, P."""
+        return sum(p.numel() for p in self.trunk()[0].parameters())
 
 
-def mlp(*widths: int) -> Callable[[], tuple[nn.Module, int]]:
+def mlp(*widths: int) -> Trunk:
     """Linear layers with a ReLU behind each."""
 
     def make() -> tuple[nn.Module, int]:
         layers: list[nn.Module] = []
-        for wide, narrow in zip(widths[:-1], widths[1:], strict=True):
+        for wide, narrow in pairwise(widths):
             layers += [nn.Linear(wide, narrow), nn.ReLU()]
         return nn.Sequential(*layers), widths[-1]
 
     return make
 
 
-def resnet(name: str) -> Callable[[], tuple[nn.Module, int]]:
+def square(width: int, layers: int) -> Trunk:
+    """As many layers of one width."""
+    return mlp(*[width] * (layers + 1))
+
+
+def resnet(name: str) -> Trunk:
     """One of torchvision's, without its classifier."""
 
     def make() -> tuple[nn.Module, int]:
@@ -68,6 +85,25 @@ def resnet(name: str) -> Callable[[], tuple[nn.Module, int]]:
         features = trunk.fc.in_features
         trunk.fc = nn.Identity()
         return trunk, features
+
+    return make
+
+
+class Mean(nn.Module):
+    """The mean over a sequence."""
+
+    def forward(self, z: Tensor) -> Tensor:
+        return z.mean(1)
+
+
+def transformer(layers: int, width: int) -> Trunk:
+    """An encoder, and the mean over its sequence. No dropout: every way takes the same step."""
+
+    def make() -> tuple[nn.Module, int]:
+        layer = nn.TransformerEncoderLayer(
+            width, width // 64, 4 * width, dropout=0.0, batch_first=True
+        )
+        return nn.Sequential(nn.TransformerEncoder(layer, layers), Mean()), width
 
     return make
 

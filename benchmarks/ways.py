@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,8 +18,11 @@ from torchjd import autogram, autojac
 
 import lightning_mtl as mtl
 from lightning_mtl.gradient_balancers.min_norm import min_norm_weights
+from lightning_mtl.jacobian import TaskGradients
+from lightning_mtl.losses import TaskLosses
 
 Time = Callable[[int], float]  # seconds of a step, from so many
+Way = Callable[[Model], Time]
 
 warnings.filterwarnings("ignore")
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -29,7 +32,27 @@ def optimizer(network: torch.nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(network.parameters(), lr=1e-4, momentum=0.9)
 
 
+def now(model: Model) -> float:
+    """The time, when the device has done what it was told."""
+    if model.device != "cpu":
+        torch.cuda.synchronize()
+    return model.clock()
+
+
 # --------------------------------------------------------------------- loops in plain PyTorch
+
+
+def repeat(model: Model, step: Callable[[], Any]) -> Time:
+    """Time of ``step``, which two calls have warmed up."""
+
+    def timed(number: int) -> float:
+        start = now(model)
+        for _ in range(number):
+            step()
+        return (now(model) - start) / number
+
+    timed(2)
+    return timed
 
 
 def loop(model: Model, backward: Callable[[Network, list[Tensor]], None]) -> Time:
@@ -37,16 +60,12 @@ def loop(model: Model, backward: Callable[[Network, list[Tensor]], None]) -> Tim
     network, batch = model.network(), model.batch()
     steps = optimizer(network)
 
-    def timed(number: int) -> float:
-        start = time.perf_counter()
-        for _ in range(number):
-            steps.zero_grad()
-            backward(network, batch)
-            steps.step()
-        return (time.perf_counter() - start) / number
+    def step() -> None:
+        steps.zero_grad()
+        backward(network, batch)
+        steps.step()
 
-    timed(2)
-    return timed
+    return repeat(model, step)
 
 
 def total(network: Network, batch: list[Tensor]) -> Tensor:
@@ -60,20 +79,18 @@ def plain(model: Model) -> Time:
 
 def forward(model: Model) -> Time:
     """The forward pass alone, for the limit."""
-    network, batch = model.network(), model.batch()
+    return repeat(model, partial(total, model.network(), model.batch()))
 
-    def timed(number: int) -> float:
-        start = time.perf_counter()
-        for _ in range(number):
-            total(network, batch)
-        return (time.perf_counter() - start) / number
 
-    timed(2)
-    return timed
+def spread(direction: Tensor, shared: list[torch.nn.Parameter]) -> None:
+    """Copy a flat direction to the ``.grad`` of the shared parameters."""
+    parts = direction.split([p.numel() for p in shared])
+    for p, part in zip(shared, parts, strict=True):
+        p.grad = part.view_as(p).to(p.dtype, copy=True)
 
 
 def textbook(model: Model) -> Time:
-    """The loop of most published code: a backward pass a task, copies, a stack, min-norm weights."""
+    """Most published code: a backward pass a task, copies, a stack, and here min-norm weights."""
 
     def backward(network: Network, batch: list[Tensor]) -> None:
         losses = list(network.losses(batch).values())
@@ -85,11 +102,45 @@ def textbook(model: Model) -> Time:
             for p in shared:
                 p.grad = None
         jacobian = torch.stack(rows)
-        weights = min_norm_weights(jacobian @ jacobian.T)
-        direction, offset = weights @ jacobian, 0
-        for p in shared:
-            p.grad = direction[offset : offset + p.numel()].view_as(p).clone()
-            offset += p.numel()
+        spread(min_norm_weights(jacobian @ jacobian.T) @ jacobian, shared)
+
+    return loop(model, backward)
+
+
+def batched(model: Model) -> Time:
+    """One backward pass of all tasks at once (``is_grads_batched``) instead of one a task."""
+
+    def backward(network: Network, batch: list[Tensor]) -> None:
+        losses = torch.stack(list(network.losses(batch).values()))
+        shared, heads = list(network.trunk.parameters()), list(network.heads.parameters())
+        each = torch.eye(len(losses), dtype=losses.dtype, device=losses.device)
+        grads = torch.autograd.grad(losses, shared, each, retain_graph=True, is_grads_batched=True)
+        for p, grad in zip(heads, torch.autograd.grad(losses.sum(), heads), strict=True):
+            p.grad = grad
+        jacobian = torch.cat([grad.flatten(1) for grad in grads], dim=1)
+        spread(min_norm_weights(jacobian @ jacobian.T) @ jacobian, shared)
+
+    return loop(model, backward)
+
+
+def ours(model: Model) -> Time:
+    """What MultiTaskModule does with MinNorm, without Lightning around it."""
+    made: list[TaskGradients] = []
+    tasks = list(range(model.tasks))
+
+    def backward(network: Network, batch: list[Tensor]) -> None:
+        losses = list(network.losses(batch).values())
+        if not made:
+            made.append(TaskGradients(dict(network.named_parameters()), len(tasks)))
+            made[0].discover(TaskLosses(tasks=tasks, values=losses, counts=[1.0] * len(tasks)))
+        gradients = made[0]
+        gradients.begin()
+        for t, loss in enumerate(losses):
+            gradients.add(t, loss, retain_graph=t < tasks[-1])
+        jacobian = gradients.finish()
+        direction = gradients.combine(min_norm_weights(jacobian @ jacobian.T))
+        gradients.write_shared(direction, every_column=False)
+        gradients.write_heads(None)
 
     return loop(model, backward)
 
@@ -131,7 +182,7 @@ class Plain(LightningModule):
         self.net = network
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return torch.stack(list(self.net.losses(batch).values())).sum()
+        return total(self.net, batch)
 
     def configure_optimizers(self) -> Any:
         return optimizer(self)
@@ -152,31 +203,41 @@ class Balanced(mtl.MultiTaskModule):
 
 
 class Clock(Callback):
-    """Time of the steps after the first few."""
+    """Time of the batches after the first few; calls ``started`` when those are over."""
 
-    def __init__(self, warm_up: int) -> None:
+    def __init__(self, model: Model, warm_up: int, started: Callable[[], Any]) -> None:
+        self.model = model
         self.warm_up = warm_up
+        self.started = started
 
     def on_train_batch_end(self, trainer: Any, module: Any, *args: Any) -> None:
         if args[-1] == self.warm_up - 1:
-            self.start = time.perf_counter()
+            self.started()
+            self.start = now(self.model)
 
     def on_train_end(self, trainer: Any, module: Any) -> None:
-        self.seconds = time.perf_counter() - self.start
+        self.seconds = now(self.model) - self.start
 
 
 def fit(
-    model: Model, callbacks: Callable[[], list[Any]] | None, warm_up: int = 2, **options: Any
+    model: Model,
+    callbacks: Callable[[], list[Any]] | None,
+    *,
+    accumulate: int = 1,
+    started: Callable[[], Any] = lambda: None,
+    **options: Any,
 ) -> Time:
     """``Trainer.fit``: plain Lightning with ``callbacks=None``, else MultiTaskModule."""
     network, batch = model.network(), model.batch()
+    warm_up = 2 * accumulate
 
     def timed(number: int) -> float:
-        clock = Clock(warm_up)
+        clock = Clock(model, warm_up, started)
         trainer = Trainer(
-            accelerator="cpu",
+            accelerator=model.device,
             devices=1,
             max_epochs=1,
+            accumulate_grad_batches=accumulate,
             callbacks=[clock, *(callbacks() if callbacks else [])],
             logger=False,
             enable_checkpointing=False,
@@ -184,7 +245,31 @@ def fit(
             enable_model_summary=False,
         )
         module = Plain(network) if callbacks is None else Balanced(network, **options)
-        trainer.fit(module, DataLoader([batch] * (number + warm_up), None))
+        trainer.fit(module, DataLoader([batch] * (number * accumulate + warm_up), None))
         return clock.seconds / number
 
     return timed
+
+
+def balanced(balancer: str, **options: Any) -> Way:
+    """``Trainer.fit`` with one of our balancers."""
+    return partial(fit, callbacks=lambda: [getattr(mtl, balancer)()], **options)
+
+
+PLAIN, LIMIT, LIGHTNING, MINNORM = "plain PyTorch", "limit", "plain Lightning", "MinNorm"
+
+LOOPS: dict[str, Way] = {
+    PLAIN: plain,
+    "textbook loop": textbook,
+    **{
+        f"TorchJD {aggregator}, {engine}": partial(torchjd, aggregator=aggregator, engine=engine)
+        for aggregator in ("Mean", "MGDA")
+        for engine in ("autojac", "autogram")
+    },
+    "our engine, MinNorm": ours,
+}
+FITS: dict[str, Way] = {
+    LIGHTNING: partial(fit, callbacks=None),
+    "MultiTaskModule, no balancer": partial(fit, callbacks=list),
+    f"MultiTaskModule, {MINNORM}": balanced(MINNORM),
+}
