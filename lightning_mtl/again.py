@@ -81,12 +81,12 @@ def replayed(module: MultiTaskModule, micro: Seen) -> Iterator[Mapping[str, Any]
 @contextmanager
 def _unseen(module: MultiTaskModule) -> Iterator[None]:
     """Put buffers and metrics back afterwards, and log nothing."""
-    # With the dict that holds it: a module may put a new tensor in the place of the old one.
-    buffers = [
-        (m._buffers, name, b, None if b is None else b.clone())
-        for m in module.modules()
-        for name, b in m._buffers.items()
-    ]
+    # Copies take the place of buffers: the graph of the step may have saved these. With the dict
+    # that holds them, since a module may put a new tensor there.
+    buffers = [(m._buffers, name, b) for m in module.modules() for name, b in m._buffers.items()]
+    copies = {id(b): b.clone() for _, _, b in buffers if b is not None}
+    for holder, name, buffer in buffers:
+        holder[name] = None if buffer is None else copies[id(buffer)]
     metrics = [(m, _metric_state(m)) for m in module.modules() if isinstance(m, Metric)]
     own = {name: vars(module).get(name) for name in ("log", "log_dict")}
     for name in own:
@@ -99,11 +99,8 @@ def _unseen(module: MultiTaskModule) -> Iterator[None]:
                 del vars(module)[name]
             else:
                 vars(module)[name] = before
-        with torch.no_grad():
-            for holder, name, buffer, copied in buffers:
-                holder[name] = buffer
-                if buffer is not None and copied is not None:
-                    buffer.copy_(copied)
+        for holder, name, buffer in buffers:
+            holder[name] = buffer
         for metric, state in metrics:
             for name, value in state.items():
                 setattr(metric, name, value)

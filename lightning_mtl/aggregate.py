@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from lightning_mtl.balancer import Balancer, GradientBalancer, LossBalancer
 from lightning_mtl.jacobian import TaskGradients
 from lightning_mtl.loss_balancers import EqualWeighting
 from lightning_mtl.probe import Probe
+from lightning_mtl.products import Products, corrected
 from lightning_mtl.record import StepRecord
 
 
@@ -94,7 +96,14 @@ def aggregate(
             combined = scale
             if gradient_balancer is not None:
                 assert gramian is not None
-                weighted = gramian if omega is None else gramian * torch.outer(omega, omega)
+                if isinstance(gradients, Products):
+                    for _ in range(gradient_balancer.products):
+                        trial = _trial(gradient_balancer, _outer(gramian, omega), losses)
+                        each = of_all(_product(scale, trial), rows, len(tasks), losses)
+                        found = gradients.product(each)
+                        found = _product(found if rows is None else found[rows], means)
+                        gramian = corrected(gramian, _product(omega, trial), found)
+                weighted = _outer(gramian, omega)
                 weights = gradient_balancer.weights(weighted, losses)
                 weights = checked(weights, gradient_balancer, losses)
                 combined = _product(scale, weights)
@@ -128,6 +137,18 @@ def aggregate(
         alignment=alignment,
         direction_norm=norm,
     )
+
+
+def _outer(gramian: Tensor, factors: Tensor | None) -> Tensor:
+    return gramian if factors is None else gramian * torch.outer(factors, factors)
+
+
+def _trial(balancer: GradientBalancer, gramian: Tensor, losses: Tensor) -> Tensor:
+    """Weights from an estimate, of which the balancer remembers nothing."""
+    state = balancer.state_dict()
+    weights = checked(balancer.weights(gramian, losses), balancer, losses)
+    balancer.load_state_dict(state)
+    return weights
 
 
 def own_head_weights(balancer: GradientBalancer) -> bool:
@@ -172,6 +193,12 @@ def checked(weights: Tensor, balancer: Balancer, losses: Tensor) -> Tensor:
     return weights if same else weights.to(losses)
 
 
+@overload
+def _product(first: Tensor, second: Tensor | None) -> Tensor: ...
+@overload
+def _product(first: Tensor | None, second: Tensor) -> Tensor: ...
+@overload
+def _product(first: Tensor | None, second: Tensor | None) -> Tensor | None: ...
 def _product(first: Tensor | None, second: Tensor | None) -> Tensor | None:
     if first is None or second is None:
         return second if first is None else first

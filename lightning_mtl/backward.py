@@ -22,6 +22,7 @@ from lightning_mtl.loss_balancers import EqualWeighting
 from lightning_mtl.losses import TaskLosses
 from lightning_mtl.perturbed import perturbed_rows
 from lightning_mtl.probe import Probe, check_shared, open_probe
+from lightning_mtl.products import Products
 from lightning_mtl.record import StepRecord
 from lightning_mtl.strategies.fsdp2 import locals_of
 
@@ -108,7 +109,14 @@ class Backward:
         assert balancer is not None
         if balancer.gradients != "parameters":
             marked = group.representation
-            return open_probe(module, balancer, gradients, losses, marked, self.scale)
+            products = None
+            if balancer.products:
+
+                def products(gradients: TaskGradients, z: Tensor) -> Probe:
+                    (seen,) = group.seen
+                    return Products(gradients, z, self.scale, module, seen, marked)
+
+            return open_probe(module, balancer, gradients, losses, marked, self.scale, products)
         check_shared(module, balancer, gradients, "`gradient_memory='blocks'`")
         probe = Blocks(gradients, module.gradient_blocks, self.scale)
         probe.collect(losses)

@@ -13,7 +13,9 @@ from torch import Tensor
 from lightning_mtl.arguments import one_of
 from lightning_mtl.state import Stateful
 
-Level = Literal["parameters", "last_layer", "representation"]
+Level = Literal[
+    "parameters", "last_layer", "representation", "representation+1", "representation+2"
+]
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,9 @@ class GradientBalancer(Balancer):
             the parameters of the ``"last_layer"`` that is shared; or the shared
             ``"representation"``. The last two suit methods with weights from the Gramian: the
             weights then apply to the gradients of all shared parameters, which take one trunk
-            backward pass whatever :math:`T` is.
+            backward pass whatever :math:`T` is. ``"representation+1"`` and ``"+2"`` correct the
+            Gramian of the representation by one or two exact products with that of all parameters,
+            each one more trunk backward pass and one forward pass in forward mode.
 
     Attributes:
         weight_heads: multiply the gradients of task ``t``'s own parameters by :math:`w_t` too.
@@ -129,6 +133,7 @@ class GradientBalancer(Balancer):
         super().__init__()
         self.gradients: Level = one_of(self, "gradients", gradients, get_args(Level))
         self.columns: Columns | None = None
+        self.products = int(gradients.partition("+")[2] or 0)
         self.representation: Tensor | None = None
         self._told_by: Any = None  # the task gradients that have set these
 

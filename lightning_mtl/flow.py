@@ -60,7 +60,9 @@ class Flow:
         self._again = any(getattr(b, "needs_losses_after", False) for b in self.balancers)
         self._perturbed = isinstance(self.gradient_balancer, Perturbing)
         self._all_rows = _all_rows(self.gradient_balancer) and not self._perturbed
+        self._products = self.gradient_balancer is not None and self.gradient_balancer.products > 0
         self._representation: list[Tensor] = []
+        self.replaying = False  # whether a forward pass is made again to mark the representation
         self.ranks = ranks_of(trainer)
         self._all_rows &= self.ranks.alone
         same_tasks(module.training_tasks, self.ranks)
@@ -93,7 +95,7 @@ class Flow:
             self._group = None  # a group that was cut short does not go on in another epoch
             asked = [o.wants_jacobian(self.trainer, self.module) for o in self.observers]
             self._observed = any(asked)  # every observer is asked, none is skipped
-        keep = self._again or self._perturbed
+        keep = self._again or self._perturbed or self._products
         seen = remember(self.module, batch, batch_idx) if keep else None
         self._representation = []  # a new list: the one before belongs to its group
         with self._discovery():
@@ -224,7 +226,8 @@ class Flow:
             at_once = single or (balancer is not None and balancer.batches > 1)
             if at_once and len(losses.present) == len(tasks) and not gradients.known:
                 gradients.discover(losses)
-                if group.form == "probe" and balancer and balancer.gradients == "representation":
+                marked = balancer is not None and balancer.gradients.startswith("representation")
+                if group.form == "probe" and marked:
                     check_behind(group.representation, losses.values, gradients)
         return group
 
@@ -270,7 +273,7 @@ class Flow:
 
     def mark(self, representation: Tensor) -> None:
         """Note the shared representation of the batch."""
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or self.replaying:
             self._representation.append(representation)
 
     def _learn(self, group: Group) -> None:

@@ -168,6 +168,10 @@ class TaskGradients:
                 torch._foreach_copy_(into, present)
         self._written[task] = True
 
+    def row_views(self, row: int) -> list[Tensor]:
+        """A row as gradients of the shared parameters, in their shapes."""
+        return self._row_views[row]
+
     def begin_row(self) -> None:
         """Start with an empty row 0, as the place to add up one combined gradient."""
         self._written = [False] * self.num_tasks

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -161,6 +161,7 @@ def open_probe(
     losses: TaskLosses,
     marked: Sequence[Tensor],
     scale: float,
+    products: Callable[[TaskGradients, Tensor], Probe] | None = None,
 ) -> Probe:
     """Collect the task gradients of a batch at the level that ``balancer`` asks for.
 
@@ -171,6 +172,7 @@ def open_probe(
         losses: of the batch.
         marked: what the module marked as shared representation.
         scale: what losses are multiplied by against underflow in half precision.
+        products: makes the probe of a representation that is to be corrected.
 
     Raises:
         ValueError: the shared parameters are not known yet, there are none, or the representation
@@ -183,12 +185,14 @@ def open_probe(
         tensors = last_layer(module, gradients)
     elif len(marked) != 1 or not marked[0].requires_grad:
         raise ValueError(
-            f"Expected one shared representation a batch with `gradients='representation'` of "
+            f"Expected one shared representation a batch with `gradients='{level}'` of "
             f"{type(balancer).__name__} but found {len(marked)}. Write `z = "
             f"self.shared_representation(self.encoder(x))` once in `forward`, with a trunk that "
             f"trains."
         )
-    probe = Probe(gradients, tensors, representation=level == "representation", scale=scale)
+    probe = Probe(gradients, tensors, representation=level != "last_layer", scale=scale)
+    if products is not None:
+        probe = products(gradients, *tensors)
     probe.collect(losses)
     return probe
 
