@@ -14,7 +14,7 @@ export MPLBACKEND ?= Agg
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install lint format types test test-slow test-lowest docs demo bench ci clean
+.PHONY: help install lint format types test test-slow test-lowest docs demo cost bench ci clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -64,10 +64,14 @@ demo: install  ## two digits, every balancer, three seeds; report in demo_result
 		--balancers examples/digits/balancers.yaml --seeds 3 --workers 2 --split test \
 		--out demo_results
 
-bench: install  ## step time and memory beside plain Lightning
-	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+cost: install  ## fail when a step costs more, beside plain training, than it did
+	$(BIN)/python benchmarks/check.py
 
-ci: lint types test docs  ## what CI runs
+bench: install  ## every figure of the documentation that is a time or a memory (an hour)
+	for name in cost cheaper memory growth overhead solvers ranks gpu; do \
+		$(BIN)/python benchmarks/$$name.py || exit 1; done
+
+ci: lint types test docs cost  ## what CI runs
 
 clean:  ## remove what builds and runs wrote; the environment stays
 	rm -rf build dist docs/_build demo_results .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -32,6 +32,7 @@ def aggregate(
     loss_scale: float,
     observed: bool,
     apart: Tensor | None = None,
+    look: bool = True,
 ) -> StepRecord:
     r"""Write the balanced gradients of a step and say what was done.
 
@@ -58,6 +59,7 @@ def aggregate(
         observed: whether a callback wants to see gradients and direction.
         apart: the Jacobians of the micro-batches, shape ``(batches, T, P)``, for a balancer that
             takes them apart; all tasks are then present in each.
+        look: whether weights are looked at for finite numbers.
     """
     present = [t for t, count in enumerate(counts) if count]
     rows = None if len(present) == len(tasks) else present
@@ -67,7 +69,8 @@ def aggregate(
         means = losses.new_tensor([1.0 / counts[t] for t in present])
     if type(loss_balancer) is not EqualWeighting:
         with loss_balancer.only(tasks, rows):
-            omega = checked(loss_balancer.loss_weights(losses), loss_balancer, losses)
+            found = loss_balancer.loss_weights(losses)
+            omega = checked(found, loss_balancer, losses, look=look)
     scale = head_weights = _product(means, omega)
     if gramian is not None:
         gramian = gramian if rows is None else gramian[rows][:, rows]
@@ -87,7 +90,9 @@ def aggregate(
                 seen = apart if each is None else apart * each.to(apart)[:, None]
             direction = gradient_balancer.direction(seen, losses.to(jacobian.device))
             if gradient_balancer.weight_heads:
-                weights = checked(gradient_balancer.head_weights(), gradient_balancer, losses)
+                weights = checked(
+                    gradient_balancer.head_weights(), gradient_balancer, losses, look=look
+                )
                 head_weights = _product(scale, weights)
             alignment = gradients.along(scaled, direction) if observed else None
             if alignment is not None and omega is not None:
@@ -170,8 +175,10 @@ def _tell(balancer: GradientBalancer, gradients: TaskGradients | Probe) -> None:
             _tell(nested, gradients)
 
 
-def checked(weights: Tensor, balancer: Balancer, losses: Tensor) -> Tensor:
+def checked(weights: Tensor, balancer: Balancer, losses: Tensor, *, look: bool = True) -> Tensor:
     """Weights as a finite vector of one number a task, in the dtype of ``losses``.
+
+    ``look=False`` trusts that they are finite, and does not wait for them.
 
     Raises:
         ValueError: another shape, or a weight that is not finite.
@@ -182,7 +189,7 @@ def checked(weights: Tensor, balancer: Balancer, losses: Tensor) -> Tensor:
             f"Expected {name} to return one weight for each of {tasks}, shape "
             f"{tuple(losses.shape)}, but got shape {tuple(weights.shape)}."
         )
-    if not all(map(math.isfinite, weights.tolist())):
+    if look and not all(map(math.isfinite, weights.tolist())):
         raise ValueError(
             f"Expected finite weights from {name} but got {weights.tolist()} for {tasks} with the "
             f"losses {losses.tolist()}. No parameter was changed. Look at the scale of the losses, "

@@ -254,7 +254,8 @@ class Backward:
                 means, rows = losses.means(), self.rows_of(losses.present)
                 with self.loss_balancer.only(*rows):
                     found = self.loss_balancer.loss_weights(means)
-                    found = checked(found, self.loss_balancer, means)
+                    look = self.module.on_bad_loss != "ignore"
+                    found = checked(found, self.loss_balancer, means, look=look)
                 group.loss_weights = of_all(found, rows[1], len(rows[0]), means)
             weights = self._of(group.loss_weights, losses, group.loss_weights)
         return weights if losses.joint is None else weights * weights.new_tensor(losses.shares())
@@ -330,6 +331,7 @@ class Backward:
             loss_scale=scale,
             observed=group.observed,
             apart=apart,
+            look=self.module.on_bad_loss != "ignore",
         )
         if discovered and len(group.present()) < len(tasks):
             self.layout.forget()  # found without one of the tasks: look again at the next step

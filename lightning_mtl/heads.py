@@ -61,8 +61,10 @@ class HeadGradients:
         """The gradients by name, each task's times its weight; ``None`` for ones."""
         self.own()
         if weights is not None and (grads := self._all()):
-            pairs = zip(weights.tolist(), self.by_task, strict=True)
-            torch._foreach_mul_(grads, [w for w, heads in pairs for _ in heads])
+            weights = weights.to(grads[0].device)
+            for weight, heads in zip(weights, self.by_task, strict=True):
+                for grad in heads.values():  # a scalar for `_foreach_mul_` would be read
+                    grad.mul_(weight)
         found: dict[str, Tensor] = {}
         for heads in self.by_task:
             for name, grad in heads.items():
