@@ -39,7 +39,8 @@ class Blocks(Probe):
     def collect(self, losses: TaskLosses) -> None:
         """The Gramian and head gradients of a micro-batch; keeps the graph for the direction."""
         for number, block in enumerate(self.blocks):
-            rows = self.rows[:, : sum(p.numel() for p in block)].zero_()
+            width = sum(p.numel() for p in block)
+            rows = self.rows.flatten()[: len(self.rows) * width].view(-1, width).zero_()
             for t, value, count, _ in losses:
                 if number == 0:
                     self.losses[t] = value = value * (count * self.scale)
@@ -52,7 +53,7 @@ class Blocks(Probe):
                     if grad is not None:
                         rows[t, offset : offset + p.numel()].view(p.shape).copy_(grad)
                     offset += p.numel()
-            rows = self.gradients.ranks.sum_(rows.contiguous())
+            rows = self.gradients.ranks.sum_(rows)
             self._gramian += gramian(rows.div_(self.scale) if self.scale != 1 else rows)
 
     def finish(self) -> Tensor:
