@@ -133,6 +133,8 @@ def aggregate(
     if head_weights is not None:
         head_weights = of_all(head_weights, rows, len(tasks), losses)
     gradients.write_heads(head_weights)
+    if isinstance(gradients, Probe) and gradient_balancer is not None:
+        _forget(gradient_balancer)  # its rows are those of one step
     return StepRecord(
         tasks=tuple(tasks[t] for t in present),
         losses=losses,
@@ -173,6 +175,15 @@ def _tell(balancer: GradientBalancer, gradients: TaskGradients | Probe) -> None:
     for nested in balancer.nested().values():
         if isinstance(nested, GradientBalancer):
             _tell(nested, gradients)
+
+
+def _forget(balancer: GradientBalancer) -> None:
+    """Let go of the task gradients that a balancer was told of."""
+    balancer._told_by = balancer.representation = None
+    vars(balancer).pop("sum_shards", None)
+    for nested in balancer.nested().values():
+        if isinstance(nested, GradientBalancer):
+            _forget(nested)
 
 
 def checked(weights: Tensor, balancer: Balancer, losses: Tensor, *, look: bool = True) -> Tensor:
