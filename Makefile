@@ -67,7 +67,7 @@ demo: install  ## two digits, every balancer, three seeds; report in demo_result
 cost: install  ## fail when a step costs more, beside plain training, than it did
 	$(BIN)/python benchmarks/check.py
 
-bench: install  ## every figure of the documentation that is a time or a memory (an hour)
+bench: install  ## every figure of the documentation that is a time or a memory
 	for name in cost cheaper memory growth overhead solvers ranks gpu; do \
 		$(BIN)/python benchmarks/$$name.py || exit 1; done
 

@@ -21,7 +21,7 @@ from report import arguments, bars, begin, end, notes, table
 from timing import interleaved
 from torch import Tensor
 from torch.utils.data import DataLoader
-from ways import FITS, LIGHTNING, Balanced, Way, fit
+from ways import FITS, LIGHTNING, Balanced, Time, Way, fit
 
 import lightning_mtl as mtl
 
@@ -58,7 +58,13 @@ def by_level(level: str) -> Way:
 
 
 def every(n: int) -> Way:
-    return partial(fit, callbacks=lambda: [mtl.Every(n, mtl.MinNorm())])
+    """Timed in whole periods: all other steps are plain ones."""
+
+    def way(model: Model) -> Time:
+        timed = fit(model, callbacks=lambda: [mtl.Every(n, mtl.MinNorm())])
+        return lambda number: timed(-(-number // n) * n)
+
+    return way
 
 
 def measure(model: Model, rounds: int) -> dict[str, float | None]:

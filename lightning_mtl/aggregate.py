@@ -169,7 +169,7 @@ def _tell(balancer: GradientBalancer, gradients: TaskGradients | Probe) -> None:
         return  # as in every step but the first
     balancer._told_by = gradients
     balancer.columns = gradients.columns
-    balancer.sum_shards = gradients.sum_shards  # type: ignore[method-assign]
+    balancer.sum_shards = gradients.sum_shards  # type: ignore[method-assign] # for this run
     balancer.shards = gradients.shards
     balancer.representation = getattr(gradients, "representation", None)
     for nested in balancer.nested().values():

@@ -229,7 +229,9 @@ class TaskGradients:
 
     def length(self, direction: Tensor) -> Tensor:
         """Norm of the direction over all columns."""
-        return self.sum_shards(direction @ direction).sqrt()
+        wide = torch.promote_types(direction.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(direction, dtype=wide)
+        return self.sum_shards(norm.square()).sqrt()
 
     @property
     def shards(self) -> Shards | None:

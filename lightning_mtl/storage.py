@@ -54,7 +54,7 @@ def combine(rows: Tensor, weights: Tensor, out: Tensor) -> Tensor:
 def along(rows: Tensor, vector: Tensor) -> Tensor:
     """``rows @ vector``, shape ``(T,)``, in at least float32."""
     vector = vector.to(rows.device)
-    if rows.dtype == vector.dtype:
+    if rows.dtype == vector.dtype and rows.dtype.itemsize >= 4:
         return rows @ vector
     sums = torch.zeros(len(rows), device=rows.device)
     for part, columns in _wide(rows):

@@ -176,3 +176,11 @@ def test_blocks_need_every_task_first() -> None:
 
     with pytest.raises(ValueError, match="every task in the first optimiser step"):
         fit("blocks", MinNorm(), module=Late)
+
+
+def test_half_precision_is_recorded_in_float32() -> None:
+    """What a monitor shows is no number of three digits."""
+    observer = Observer()
+    fit("bf16", DualBalance(), observer, max_steps=2)
+    for record in observer.records:
+        assert record.alignment.dtype == record.direction_norm.dtype == torch.float32

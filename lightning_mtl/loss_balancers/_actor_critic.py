@@ -129,8 +129,9 @@ def learn(
             value = torch.minimum(*_values(targets, following, chosen)) - alpha * density
             goal = reward + _DISCOUNT * value
         variable = critics.clone().requires_grad_()
-        error = sum(mse_loss(found, goal) for found in _values(variable, state, action))
-        adam_step(critics, torch.autograd.grad(error, variable)[0], critic_moments, lr)  # type: ignore[arg-type]
+        first, second = _values(variable, state, action)
+        error = mse_loss(first, goal) + mse_loss(second, goal)
+        adam_step(critics, torch.autograd.grad(error, variable)[0], critic_moments, lr)
 
         variable = actor.clone().requires_grad_()
         chosen, density = drawn(variable, state)
