@@ -27,6 +27,14 @@ class Seen:
     random: list[Tensor]
 
 
+class Reached(BaseException):
+    """Ends a forward pass at the shared representation; no ``Exception``, so nobody catches it."""
+
+    def __init__(self, representation: Tensor) -> None:
+        super().__init__("The shared representation was reached.")
+        self.representation = representation
+
+
 def remember(module: MultiTaskModule, batch: Any, batch_idx: int) -> Seen:
     """Note a micro-batch before its forward pass."""
     states = [torch.get_rng_state()]

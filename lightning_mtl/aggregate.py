@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from lightning_mtl.balancer import Balancer, GradientBalancer, LossBalancer
+from lightning_mtl.estimate import estimated
 from lightning_mtl.jacobian import TaskGradients
 from lightning_mtl.loss_balancers import EqualWeighting
 from lightning_mtl.probe import Probe
-from lightning_mtl.products import Products, corrected
+from lightning_mtl.products import Products
 from lightning_mtl.record import StepRecord
 
 
@@ -102,12 +103,9 @@ def aggregate(
             if gradient_balancer is not None:
                 assert gramian is not None
                 if isinstance(gradients, Products):
-                    for _ in range(gradient_balancer.products):
-                        trial = _trial(gradient_balancer, _outer(gramian, omega), losses)
-                        each = of_all(_product(scale, trial), rows, len(tasks), losses)
-                        found = gradients.product(each)
-                        found = _product(found if rows is None else found[rows], means)
-                        gramian = corrected(gramian, _product(omega, trial), found)
+                    gramian = _by_products(
+                        gradients, gradient_balancer, gramian, losses, means, omega, rows
+                    )
                 weighted = _outer(gramian, omega)
                 weights = gradient_balancer.weights(weighted, losses)
                 weights = checked(weights, gradient_balancer, losses)
@@ -148,6 +146,30 @@ def aggregate(
 
 def _outer(gramian: Tensor, factors: Tensor | None) -> Tensor:
     return gramian if factors is None else gramian * torch.outer(factors, factors)
+
+
+def _by_products(
+    gradients: Products,
+    balancer: GradientBalancer,
+    gramian: Tensor,
+    losses: Tensor,
+    means: Tensor | None,
+    omega: Tensor | None,
+    rows: list[int] | None,
+) -> Tensor:
+    """The Gramian of all shared parameters, fitted to products with trial weights."""
+    asked, found, estimates = [], [], [gramian]
+    for _ in range(balancer.products):
+        weights = _product(omega, _trial(balancer, _outer(gramian, omega), losses))
+        asked.append(weights)
+        each = of_all(_product(means, weights), rows, gradients.gradients.num_tasks, losses)
+        product, second = gradients.product(each)
+        if rows is not None:
+            product, second = product[rows], second[rows][:, rows]
+        found.append(_product(product, means))
+        estimates = [estimates[0], _outer(second, means)]
+        gramian = estimated(estimates, asked, found)
+    return gramian
 
 
 def _trial(balancer: GradientBalancer, gramian: Tensor, losses: Tensor) -> Tensor:

@@ -114,7 +114,7 @@ class Backward:
 
                 def products(gradients: TaskGradients, z: Tensor) -> Probe:
                     (seen,) = group.seen
-                    return Products(gradients, z, self.scale, module, seen, marked)
+                    return Products(gradients, z, self.scale, module, seen)
 
             return open_probe(module, balancer, gradients, losses, marked, self.scale, products)
         check_shared(module, balancer, gradients, "`gradient_memory='blocks'`")

@@ -13,7 +13,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from lightning_mtl.again import Seen, losses_again, remember
+from lightning_mtl.again import Reached, Seen, losses_again, remember
 from lightning_mtl.aggregate import of_all, own_head_weights
 from lightning_mtl.backward import Backward
 from lightning_mtl.balancer import Balancer, GradientBalancer, at_least_float32
@@ -62,7 +62,7 @@ class Flow:
         self._all_rows = _all_rows(self.gradient_balancer) and not self._perturbed
         self._products = self.gradient_balancer is not None and self.gradient_balancer.products > 0
         self._representation: list[Tensor] = []
-        self.replaying = False  # whether a forward pass is made again to mark the representation
+        self.replaying = False  # whether a forward pass is made again up to the representation
         self.ranks = ranks_of(trainer)
         self._all_rows &= self.ranks.alone
         same_tasks(module.training_tasks, self.ranks)
@@ -273,7 +273,9 @@ class Flow:
 
     def mark(self, representation: Tensor) -> None:
         """Note the shared representation of the batch."""
-        if torch.is_grad_enabled() or self.replaying:
+        if self.replaying:
+            raise Reached(representation)
+        if torch.is_grad_enabled():
             self._representation.append(representation)
 
     def _learn(self, group: Group) -> None:

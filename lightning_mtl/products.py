@@ -11,7 +11,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 
-from lightning_mtl.again import Seen, replayed
+from lightning_mtl.again import Reached, Seen, replayed
 from lightning_mtl.host import to_host
 from lightning_mtl.jacobian import TaskGradients
 from lightning_mtl.probe import Probe
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from lightning_mtl.module import MultiTaskModule
 
 _TOLERANCE = 0.1  # of a length that is known in two ways
+_COMPONENTS = 8  # of the representation: more changed no cosine in benchmarks/cheaper.py by 0.001
 
 
 class Products(Probe):
@@ -27,11 +28,17 @@ class Products(Probe):
 
     One trunk backward pass gives :math:`u = J^\top w`; one forward pass in forward mode gives the
     change :math:`\dot z` of the representation along :math:`u`, and with it
-    :math:`M w = J u = R \dot z` for all tasks at once, whatever :math:`T` is. The estimate
-    :math:`M_0 \propto R R^\top` then takes on this product and stays positive semi-definite:
+    :math:`M w = J u = R \dot z` for all tasks at once, whatever :math:`T` is.
 
-    .. math:: M_1 = M_0 - \frac{M_0 w w^\top M_0}{w^\top M_0 w} + \frac{v v^\top}{w^\top v},
-              \qquad v = M w
+    Two estimates of :math:`M` are fitted to the products. With samples :math:`b` and
+    :math:`r_t^b` the row of task :math:`t` at sample :math:`b`,
+
+    .. math:: E_0 = \sum_b \langle r_t^b, r_s^b \rangle, \qquad
+              E_1 = \sum_{b, c} \langle \phi_b, \phi_c \rangle \langle r_t^b, r_s^c \rangle
+
+    where :math:`\phi` are a few principal components of the representation. :math:`E_0` would be
+    exact if samples shared no activations, and :math:`E_1`, with all components, for the weights
+    of a linear layer behind the representation. Real trunks lie in between.
 
     Args:
         gradients: layout and head gradients.
@@ -39,7 +46,6 @@ class Products(Probe):
         scale: what losses are multiplied by against underflow in half precision.
         module: whose forward pass is made again.
         seen: the batch.
-        marked: where the module puts the representation when it is marked.
     """
 
     def __init__(
@@ -49,16 +55,19 @@ class Products(Probe):
         scale: float,
         module: MultiTaskModule,
         seen: Seen,
-        marked: list[Tensor],
     ) -> None:
         super().__init__(gradients, [z], representation=True, scale=scale)
-        self.module, self.seen, self.marked = module, seen, marked
+        self.module, self.seen = module, seen
+        self._second: Tensor | None = None
 
-    def product(self, weights: Tensor) -> Tensor:
-        """Inner products of all task gradients with their combination, on the host.
+    def product(self, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Inner products of all task gradients with their combination.
 
         Args:
             weights: shape ``(T,)``.
+
+        Returns:
+            The products, shape ``(T,)``, and the estimate :math:`E_1`, both on the host.
 
         Raises:
             ValueError: forward mode disagrees with backward mode.
@@ -72,13 +81,29 @@ class Products(Probe):
         direction = gradients.combined()
         change = self._change(shared, gradients.row_views(0))
         product = self.sum_shards(self.rows @ change.flatten().to(self.rows))
-        found, length = to_host(product, direction @ direction)
+        estimate = self._of_activations() if self._second is None else self._second
+        self._second, found, length = to_host(estimate, product, direction @ direction)
         self._check(float(weights.to(found) @ found), float(length))
-        return found.to(weights)
+        return found.to(weights), self._second.to(weights)
+
+    def _of_activations(self) -> Tensor:
+        """The estimate :math:`E_1`, shape ``(T, T)``."""
+        ranks, z = self.gradients.ranks, self.representation
+        assert z is not None
+        samples = z.to(self.rows).reshape(len(z) if z.ndim > 1 else 1, -1)
+        width = samples.shape[1]
+        # One step of subspace iteration, from cosines: no random numbers, the same on every rank.
+        steps = torch.arange(min(_COMPONENTS, width), device=z.device, dtype=samples.dtype)
+        start = torch.cos(
+            steps * torch.arange(width, device=z.device, dtype=samples.dtype)[:, None]
+        )
+        basis = torch.linalg.qr(ranks.sum_(samples.T @ (samples @ start)))[0]
+        rows = self.rows.view(len(self.rows), *samples.shape)
+        sums = ranks.sum_((samples @ basis).T @ rows)  # (T, components, width)
+        return sums.flatten(1) @ sums.flatten(1).T
 
     def _change(self, shared: Sequence[nn.Parameter], tangents: Sequence[Tensor]) -> Tensor:
         """The derivative of the representation along ``tangents``, in forward mode."""
-        number = len(self.marked)
         flow = self.module._flow
         assert flow is not None
         flow.replaying = True
@@ -89,15 +114,9 @@ class Products(Probe):
                 warnings.filterwarnings("ignore", "`torch.jit", DeprecationWarning)
                 pairs = zip(shared, tangents, strict=True)
                 duals = {id(p): forward_ad.make_dual(p.detach(), t.to(p.dtype)) for p, t in pairs}
-                with _in_place_of(self.module, duals), replayed(self.module, self.seen):
-                    again = self.marked[number:]
-                if len(again) != 1:
-                    raise ValueError(
-                        f"Expected the shared representation once more for the same batch but "
-                        f"found {len(again)}. Use `gradients='representation'`."
-                    )
-                change = forward_ad.unpack_dual(again[0]).tangent
-                return torch.zeros_like(again[0]) if change is None else change
+                again = self._again(duals)
+                change = forward_ad.unpack_dual(again).tangent
+                return torch.zeros_like(again) if change is None else change
         except (NotImplementedError, RuntimeError) as error:
             if not any(word in str(error) for word in ("forward AD", "forward mode", "jvp")):
                 raise  # out of memory, say
@@ -108,7 +127,18 @@ class Products(Probe):
             ) from error
         finally:
             flow.replaying = False
-            del self.marked[number:]
+
+    def _again(self, duals: dict[int, Tensor]) -> Tensor:
+        """The representation of the batch with other tensors in the place of the parameters."""
+        try:
+            with _in_place_of(self.module, duals), replayed(self.module, self.seen):
+                pass
+        except Reached as reached:
+            return reached.representation
+        raise ValueError(
+            "Expected the shared representation once more for the same batch but it was not "
+            "marked. Use `gradients='representation'`."
+        )
 
     def _check(self, found: float, expected: float) -> None:
         """Compare a length in forward mode with that of backward mode."""
@@ -119,22 +149,6 @@ class Products(Probe):
                 f"layer does not read its parameters by name (recurrent layers). Use "
                 f"`gradients='representation'` or 'parameters'."
             )
-
-
-def corrected(gramian: Tensor, weights: Tensor, product: Tensor) -> Tensor:
-    """An estimate of a Gramian that takes on an exact product; itself where that has no length.
-
-    Args:
-        gramian: the estimate so far, positive semi-definite, shape ``(T, T)``.
-        weights: :math:`w`, shape ``(T,)``.
-        product: :math:`M w` with the true Gramian, shape ``(T,)``.
-    """
-    length, before = weights @ product, weights @ gramian @ weights
-    if not (length > 0 and before > 0):
-        return gramian
-    gramian = gramian * (length / before)
-    image = gramian @ weights
-    return gramian + (torch.outer(product, product) - torch.outer(image, image)) / length
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from lightning_mtl import Balancer
+from lightning_mtl import Balancer, MinNorm
 from tests.methods import METHODS
 from tests.models import Balanced, Batched, Samples
 
@@ -33,6 +33,10 @@ class Labelled(Balanced):
 
     def configure_optimizers(self) -> Any:
         return torch.optim.SGD(self.parameters(), lr=self.lr, momentum=0.9, weight_decay=1e-3)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        z = self.shared_representation(self.net.trunk(x).tanh())
+        return {task: self.net.heads[f"head_{task}"](z).squeeze(-1) for task in TASKS}
 
     def task_losses(self, batch: Any, batch_idx: int) -> Any:
         x, targets = batch
@@ -123,7 +127,9 @@ def start() -> Tensor:
 
 
 def balancer(name: str) -> Balancer:
-    """A fresh balancer of a row of the table of methods, which knows the tasks by name."""
+    """A fresh balancer of a row of the table of methods, or MinNorm by another level."""
+    if name.startswith("by "):
+        return MinNorm(gradients=name[3:])  # type: ignore[arg-type]
     return next(m for m in METHODS if m.name == name).make()
 
 

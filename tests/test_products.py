@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_mtl import CAGrad, GradientBalancer, LogLoss, MinNorm, NashMTL, UPGrad
-from lightning_mtl.products import corrected
+from lightning_mtl.products import Products
 from tests.models import Balanced, loader, trainer, weights
 from tests.test_forms import Observer
 
@@ -63,10 +63,27 @@ def seen(level: str, *others: Any) -> list[Tensor]:
 def test_the_products_are_those_of_all_parameters(others: list[Any]) -> None:
     (exact,) = seen("parameters", *others)
     first, second, third = seen("representation+2", *others)
-    for before, after in ((first, second), (second, third)):
-        w = MinNorm().weights(before, torch.ones(3))
+    for trial, after in ((first, second), (first, third), (second, third)):
+        w = MinNorm().weights(trial, torch.ones(3))
         torch.testing.assert_close(after @ w, exact @ w, rtol=1e-4, atol=1e-5)
         assert torch.linalg.eigvalsh(after.double()).min() > -1e-6
+
+
+def test_the_other_estimate_is_that_of_a_linear_layer_behind() -> None:
+    """Exact for the weights of such a layer, with no more activations than components."""
+
+    class Kept(Products):
+        def _of_activations(self) -> Tensor:
+            found.append((super()._of_activations(), self.rows.clone(), self.tensors[0].detach()))
+            return found[-1][0]
+
+    found: list[tuple[Tensor, Tensor, Tensor]] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lightning_mtl.backward.Products", Kept)
+        fit(MinNorm(gradients="representation+2"), max_steps=1)
+    ((estimate, rows, z),) = found  # once a step
+    layers = torch.einsum("tbo,bi->toi", rows.view(3, *z.shape), z).flatten(1)
+    torch.testing.assert_close(estimate, layers @ layers.T, rtol=1e-4, atol=1e-6)
 
 
 def test_trials_leave_no_trace() -> None:
@@ -101,12 +118,6 @@ def test_recorded() -> None:
     fit(MinNorm(gradients="representation+1"), observer, max_steps=3)
     for record in observer.records:
         assert record.gramian.isfinite().all()
-
-
-def test_a_product_without_length_changes_nothing() -> None:
-    gramian = torch.eye(2)
-    for product in (torch.zeros(2), torch.tensor([-1.0, 0.0]), torch.full((2,), torch.nan)):
-        assert torch.equal(corrected(gramian, torch.tensor([1.0, 0.0]), product), gramian)
 
 
 def test_a_task_is_missing() -> None:

@@ -37,7 +37,9 @@ def cases(methods: Sequence[Method]) -> list[str]:
 FIRST = list({m.cls: m for m in reversed(METHODS)}.values())  # a row a class
 BLOCKS = [f"blocks|{name}" for name in ("MinNorm", "NashMTL", "DualProj", "TaskTensioner(MinNorm)")]
 HALF = [f"{v}|{name}" for v in ("bf16", "sharded bf16") for name in ("MinNorm", "DualBalance()")]
-CASES = [*cases(FIRST), *BLOCKS, *HALF]
+LEVELS = ("last_layer", "representation", "representation+1", "representation+2")
+BY = [f"{variant}|by {level}" for variant in ("plain", "missing", "sharded") for level in LEVELS]
+CASES = [*cases(FIRST), *BLOCKS, *HALF, *BY]
 OTHERS = cases([m for m in METHODS if m not in FIRST])
 
 
