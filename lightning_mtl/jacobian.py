@@ -57,6 +57,7 @@ class TaskGradients:
         self.heads = HeadGradients(num_tasks)  # of all parameters, while the shared are unknown
         self.shared: list[str] | None = None
         self._columns = Columns((), ())
+        self._narrow: Tensor | None = None  # rows of a few columns, see `narrow_rows`
         self._order = list(parameters)
         self._inputs = list(parameters.values())
         if shared is not None:
@@ -171,6 +172,20 @@ class TaskGradients:
     def row_views(self, row: int) -> list[Tensor]:
         """A row as gradients of the shared parameters, in their shapes."""
         return self._row_views[row]
+
+    def narrow_rows(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Rows as wide as all of ``tensors``, in at least float32: the same memory in each step.
+
+        They hold what the last step left in them.
+        """
+        dtype = torch.float32
+        for tensor in tensors:
+            dtype = torch.promote_types(dtype, tensor.dtype)
+        shape, device = (self.num_tasks, sum(t.numel() for t in tensors)), tensors[0].device
+        rows = self._narrow
+        if rows is None or rows.shape != shape or (rows.dtype, rows.device) != (dtype, device):
+            rows = self._narrow = torch.empty(shape, dtype=dtype, device=device)
+        return rows
 
     def begin_row(self) -> None:
         """Start with an empty row 0, as the place to add up one combined gradient."""

@@ -46,12 +46,7 @@ class Probe:
         self.tensors = list(tensors)
         self.representation = tensors[0].detach() if representation else None
         self.losses: list[Tensor | None] = [None] * gradients.num_tasks
-        dtype = torch.float32
-        for tensor in self.tensors:
-            dtype = torch.promote_types(dtype, tensor.dtype)
-        width = sum(t.numel() for t in self.tensors)
-        device = self.tensors[0].device
-        self.rows = torch.zeros(gradients.num_tasks, width, dtype=dtype, device=device)
+        self.rows = gradients.narrow_rows(self.tensors)
 
     @property
     def columns(self) -> Columns:
@@ -74,6 +69,9 @@ class Probe:
                 for g, tensor in zip(grads, self.tensors, strict=True)
             ]
             torch.cat([p.to(self.rows.dtype) for p in parts], out=self.rows[t])
+        for t, loss in enumerate(self.losses):
+            if loss is None:
+                self.rows[t].zero_()
 
     def finish(self) -> Tensor:
         """The rows, shape ``(T, width of the tensors)``; those of parameters summed over ranks."""
