@@ -56,6 +56,7 @@ class Backward:
         self.gradient_balancer = gradient_balancer
         self.positive_for: str | None = None  # name of a balancer that needs positive losses
         self.scaler: Any = getattr(trainer.precision_plugin, "scaler", None)
+        self.hooks: set[str] = set()  # those of a backward pass that somebody listens to
         self._summed: Group | None = None  # what `record` will tell of a summed backward pass
         self._record: StepRecord | None = None
         self._zero_gradient: set[str] = set()
@@ -80,7 +81,8 @@ class Backward:
             return self._one_backward(losses, group, stepping)
         total, every = losses.total(), self.trainer.accumulate_grad_batches
         total = total if every == 1 else total / every
-        self.trainer.precision_plugin.pre_backward(total, self.module)
+        if "on_before_backward" in self.hooks:
+            self.trainer.precision_plugin.pre_backward(total, self.module)
         gradients = self.gradients()
         if group.form == "reuse":
             self._reuse(losses, group, gradients, stepping)
@@ -100,7 +102,8 @@ class Backward:
             self._add_rows(losses, group, gradients, stepping)
             if stepping:
                 self._balance(group, gradients)
-        self.trainer.precision_plugin.post_backward(total, self.module)
+        if "on_after_backward" in self.hooks:
+            self.trainer.precision_plugin.post_backward(total, self.module)
         return total
 
     def _probe(self, losses: TaskLosses, group: Group, gradients: TaskGradients) -> Probe:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from lightning_mtl.arguments import one_of
@@ -31,6 +31,17 @@ class Columns:
     sizes: tuple[int, ...]
 
 
+# What Lightning calls in every step. It enters a profiler's context for each that can be called.
+_STEP_HOOKS = (
+    "on_train_batch_start",
+    "on_before_zero_grad",
+    "on_before_backward",
+    "on_after_backward",
+    "on_before_optimizer_step",
+    "on_train_batch_end",
+)
+
+
 class Balancer(Stateful):
     """What loss balancers and gradient balancers share: declared state and its checkpoint.
 
@@ -48,7 +59,7 @@ class Balancer(Stateful):
     requires_positive_losses: bool = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse a module that would never call the balancer."""
+        """Refuse a module that would never call the balancer; hide hooks with nothing to do."""
         from lightning_mtl.module import MultiTaskModule
 
         if stage == "fit" and not isinstance(pl_module, MultiTaskModule):
@@ -58,6 +69,15 @@ class Balancer(Stateful):
                 f"inherit from lightning_mtl.MultiTaskModule, and return its losses as a dict from "
                 f"`task_losses` instead of `training_step`."
             )
+        for hook in _STEP_HOOKS:
+            if getattr(type(self), hook) is getattr(Callback, hook):
+                vars(self).setdefault(hook, None)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Show the hooks again that :meth:`setup` hid."""
+        for hook in _STEP_HOOKS:
+            if vars(self).get(hook, self) is None:
+                del vars(self)[hook]
 
     def update(self, losses: Tensor, after: Tensor | None = None) -> None:
         """Learn from an optimiser step that was taken; wrapped balancers learn too.

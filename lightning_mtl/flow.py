@@ -29,7 +29,7 @@ from lightning_mtl.perturbed import Perturbing
 from lightning_mtl.probe import check_behind
 from lightning_mtl.record import StepRecord
 from lightning_mtl.stages import attached_balancers, check_tasks
-from lightning_mtl.stepping import log_losses, losses_due, step_optimizers, zero_grad
+from lightning_mtl.stepping import listened, log_losses, losses_due, step_optimizers, zero_grad
 from lightning_mtl.strategies import OneProcess, ranks_of
 from lightning_mtl.supported import check_batches
 
@@ -77,6 +77,7 @@ class Flow:
         self._synced: bool | None = None  # whether BatchNorm has collectives of its own
         self._observed = False
         self._told = False
+        self._heard = False  # whether it is known who listens to hooks
         self._first_done = False
         self._uneven = False  # whether label counts or absent tasks were met under accumulation
         if self.gradient_balancer is not None or self.observers:
@@ -91,6 +92,9 @@ class Flow:
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
         """One micro-batch, and a balanced optimiser step after the last one of a group."""
+        if batch_idx == 0 or not self._heard:
+            self._heard = True
+            self.backward.hooks = listened(self.trainer, self.module)
         if self._group is None or batch_idx % self.trainer.accumulate_grad_batches == 0:
             self._group = None  # a group that was cut short does not go on in another epoch
             asked = [o.wants_jacobian(self.trainer, self.module) for o in self.observers]
@@ -171,7 +175,7 @@ class Flow:
         stepping = not trainer.fit_loop._should_accumulate()
         if self._group is None:
             self._group = self._begin_group(losses, single=stepping)
-            zero_grad(trainer, batch_idx)
+            zero_grad(trainer, batch_idx, self.backward.hooks)
         group = self._group
         group.add(losses)
         if seen is not None:

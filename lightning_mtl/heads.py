@@ -33,23 +33,24 @@ class HeadGradients:
             if grad is not None:
                 heads[name] = heads[name] + grad if name in heads else grad
 
-    def own(self) -> None:
-        """Copy the gradients once, since weights, checks and clipping work in place.
+    def own(self) -> list[Tensor]:
+        """The gradients, copied once, since weights, checks and clipping work in place.
 
         Two parameters may have got one tensor from autograd, or one with stride 0.
         """
-        if self._owned:
-            return
         grads = self._all()
-        on_cpu = all(grad.device.type == "cpu" for grad in grads)  # where single calls cost less
-        copies = iter([g.clone() for g in grads] if on_cpu else torch._foreach_mul(grads, 1.0))
-        self.by_task = [{name: next(copies) for name in heads} for heads in self.by_task]
-        self._owned = True
+        if not self._owned:
+            # Where single calls cost less.
+            on_cpu = all(grad.device.type == "cpu" for grad in grads)
+            grads = [g.clone() for g in grads] if on_cpu else list(torch._foreach_mul(grads, 1.0))
+            copies = iter(grads)
+            self.by_task = [dict(zip(heads, copies, strict=False)) for heads in self.by_task]
+            self._owned = True
+        return grads
 
     def flag(self) -> Tensor:
         """A number on the device, above zero if a gradient is not finite."""
-        self.own()
-        return non_finite(self._all())
+        return non_finite(self.own())
 
     def sizes(self) -> list[float]:
         """A number for each task that is not finite where a gradient of it is not."""
@@ -59,8 +60,8 @@ class HeadGradients:
 
     def weighted(self, weights: Tensor | None) -> dict[str, Tensor]:
         """The gradients by name, each task's times its weight; ``None`` for ones."""
-        self.own()
-        if weights is not None and (grads := self._all()):
+        grads = self.own()
+        if weights is not None and grads:
             weights = weights.to(grads[0].device)
             for weight, heads in zip(weights, self.by_task, strict=True):
                 for grad in heads.values():  # a scalar for `_foreach_mul_` would be read

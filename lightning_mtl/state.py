@@ -226,8 +226,10 @@ class Stateful(Callback):
     @property
     def state_key(self) -> str:
         """The class and the classes it wraps; a changed hyperparameter keeps the state."""
-        inner = ", ".join(b.state_key for b in self.nested().values())
-        return f"{type(self).__qualname__}({inner})" if inner else type(self).__qualname__
+        name, nested = type(self).__qualname__, self.nested()
+        if not nested:  # asked for at every hook of every step
+            return name
+        return f"{name}({', '.join(b.state_key for b in nested.values())})"
 
     def hyperparameters(self) -> dict[str, Any]:
         """The plain constructor arguments, as stored in checkpoints."""
