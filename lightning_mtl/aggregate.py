@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_mtl.balancer import Balancer, GradientBalancer, LossBalancer
 from lightning_mtl.estimate import estimated
+from lightning_mtl.host import ones_like
 from lightning_mtl.jacobian import TaskGradients
 from lightning_mtl.loss_balancers import EqualWeighting
 from lightning_mtl.probe import Probe
@@ -136,7 +137,7 @@ def aggregate(
     return StepRecord(
         tasks=tuple(tasks[t] for t in present),
         losses=losses,
-        loss_weights=losses.new_ones(len(present)) if omega is None else omega,
+        loss_weights=ones_like(losses) if omega is None else omega,
         gradient_weights=weights,
         gramian=gramian,
         alignment=alignment,

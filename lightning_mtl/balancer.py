@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
@@ -244,4 +245,4 @@ def at_least_float32(tensor: Tensor) -> Tensor:
 
 def as_weights(weights: Any, like: Tensor) -> Tensor:
     """NumPy weights as a tensor on the device and in the dtype of ``like``."""
-    return torch.as_tensor(weights, dtype=like.dtype, device=like.device)
+    return torch.from_numpy(np.asarray(weights)).to(like)

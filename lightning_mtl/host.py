@@ -18,7 +18,7 @@ def to_host(*tensors: Tensor) -> list[Tensor]:
         tensors: real, of at most float64, on one device or the CPU.
     """
     if all(t.device.type == "cpu" for t in tensors):
-        return [t.detach() for t in tensors]
+        return [t.detach() if t.requires_grad else t for t in tensors]
     device = next(t.device for t in tensors if t.device.type != "cpu")
     flat = torch.cat([t.detach().to(device, torch.float64).flatten() for t in tensors]).cpu()
     parts = flat.split([t.numel() for t in tensors])
@@ -41,9 +41,14 @@ def non_finite(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack([f.to(devices[0]) for f in found]).sum() if found else torch.zeros(())
 
 
+def ones_like(tensor: Tensor) -> Tensor:
+    """Ones in the shape of a tensor, for reading only: all are one number in memory."""
+    return _one(tensor.device, tensor.dtype).expand(tensor.shape)
+
+
 @functools.cache
-def _one(device: torch.device) -> Tensor:
-    return torch.ones((), dtype=torch.float32, device=device)
+def _one(device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.ones((), dtype=dtype, device=device)
 
 
 def all_finite(tensors: Sequence[Tensor]) -> bool:

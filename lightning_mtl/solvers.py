@@ -7,17 +7,18 @@ from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
-from torch import Tensor, float64
+from torch import Tensor, device, float64
 
 Array = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
 
+_CPU = device("cpu")
 _EPS = float(np.finfo(np.float64).eps)
 
 
 def to_numpy(tensor: Tensor) -> Array:
     """A small tensor of any float dtype and device as a float64 array."""
-    array: Array = tensor.detach().to(device="cpu", dtype=float64).numpy()
+    array: Array = tensor.detach().to(_CPU, float64).numpy()
     return array
 
 
