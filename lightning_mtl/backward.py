@@ -15,7 +15,7 @@ from lightning_mtl.bad import bad_gradients, bad_losses, bad_sum
 from lightning_mtl.balancer import GradientBalancer, LossBalancer
 from lightning_mtl.blocks import Blocks
 from lightning_mtl.group import Group
-from lightning_mtl.host import all_finite, to_host
+from lightning_mtl.host import non_finite, to_host
 from lightning_mtl.jacobian import TaskGradients
 from lightning_mtl.layout import Layout, no_shared
 from lightning_mtl.loss_balancers import EqualWeighting
@@ -226,14 +226,25 @@ class Backward:
             for p in parameters["params"]
             if (grad := p.grad) is not None
         ]
-        finite = all_finite(locals_of(grads))
+        flag = non_finite(locals_of(grads))
         if self.layout.ranks.sharded_parameters:  # each process sees its part only
-            flag = torch.tensor([not finite], dtype=torch.uint8, device=self.layout.ranks.device)
-            finite = not self.layout.ranks.max_(flag).item()
-        if not finite:
-            names = [self.module.training_tasks[t] for t in group.present()]
-            rule, step = self.module.on_bad_loss, self.trainer.global_step + 1
+            flag = self.layout.ranks.max_(flag.to(self.layout.ranks.device))
+        late = [group.mean_losses()] if group.late and group.form in ("sum", "reuse") else []
+        if late and group.loss_weights is not None:
+            late.append(group.loss_weights[group.present()])
+        flag, *late = to_host(flag, *late)
+        names = [self.module.training_tasks[t] for t in group.present()]
+        rule, step = self.module.on_bad_loss, self.trainer.global_step + 1
+        bad = False
+        if late:
+            values = dict(enumerate(late[0].tolist()))
+            bad = bool(bad_losses(values, names, self.positive_for, on_bad_loss=rule, step=step))
+            if len(late) == 2 and not bad:
+                checked(late[1], self.loss_balancer, late[0])
+        if flag.item() and not bad:
             bad_sum(names, on_bad_loss=rule, step=step)
+            bad = True
+        if bad:
             group.skip = group.dropped = True
 
     def _weighted_sum(self, losses: TaskLosses, group: Group) -> Tensor:
@@ -257,7 +268,7 @@ class Backward:
                 means, rows = losses.means(), self.rows_of(losses.present)
                 with self.loss_balancer.only(*rows):
                     found = self.loss_balancer.loss_weights(means)
-                    look = self.module.on_bad_loss != "ignore"
+                    look = self.module.on_bad_loss != "ignore" and not group.late
                     found = checked(found, self.loss_balancer, means, look=look)
                 group.loss_weights = of_all(found, rows[1], len(rows[0]), means)
             weights = self._of(group.loss_weights, losses, group.loss_weights)

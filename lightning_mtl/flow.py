@@ -59,12 +59,12 @@ class Flow:
         self._learners = [b for b in self.balancers if _learns(b)]
         self._again = any(getattr(b, "needs_losses_after", False) for b in self.balancers)
         self._perturbed = isinstance(self.gradient_balancer, Perturbing)
-        self._all_rows = _all_rows(self.gradient_balancer) and not self._perturbed
+        self._all_rows = _all_rows(self.gradient_balancer)
         self._products = self.gradient_balancer is not None and self.gradient_balancer.products > 0
         self._representation: list[Tensor] = []
         self.replaying = False  # whether a forward pass is made again up to the representation
         self.ranks = ranks_of(trainer)
-        self._all_rows &= self.ranks.alone
+        self._may_be_late = self.ranks.alone and not self._perturbed
         same_tasks(module.training_tasks, self.ranks)
         for balancer in self.balancers:
             balancer.share_seed(self.ranks.gather(torch.initial_seed())[0])
@@ -143,11 +143,12 @@ class Flow:
     def _late(self) -> bool:
         """Whether losses are looked at together with the gradients, by one transfer to the host.
 
-        Only in a step of one micro-batch that always takes all task gradients: what is bad is then
-        left out as a whole, before anything is balanced.
+        Only in a step of one micro-batch. What is bad is then left out as a whole, before
+        anything is balanced; a task can be left out of a sum of losses no more, only the step.
         """
-        every, scaler = self.trainer.accumulate_grad_batches, self.backward.scaler
-        return self._all_rows and every == 1 and self._first_done and scaler is None
+        apart = self._all_rows or self.module.on_bad_loss != "skip_task"
+        once = self.trainer.accumulate_grad_batches == 1 and self._first_done
+        return self._may_be_late and apart and once and self.backward.scaler is None
 
     def _lockstep(self) -> str:
         """Why every rank has to run the same backward passes, if so."""

@@ -6,6 +6,7 @@ the device's; what `to_host` returns counts as the host's.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,7 +15,18 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from lightning_mtl import CAGrad, DualBalance, MinNorm, RandomWeighting, UPGrad, backward
+from lightning_mtl import (
+    CAGrad,
+    DualBalance,
+    Every,
+    GeometricMean,
+    LogLoss,
+    MinNorm,
+    NashMTL,
+    RandomWeighting,
+    UPGrad,
+    backward,
+)
 from tests.models import Balanced, loader, trainer
 
 READS = {"item", "tolist", "numpy", "cpu", "__bool__", "__float__", "__int__", "__index__"}
@@ -57,6 +69,7 @@ class Watched(Balanced):
             rows = self._flow.layout._gradients
             buffers = [] if rows is None else [rows.rows, rows._direction]
             self.device_mode.take(batch, list(self.parameters()), buffers)
+            self.before = self.transfers[0]
             self.device_mode.__enter__()
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -66,25 +79,40 @@ class Watched(Balanced):
 
 def counted(monkeypatch: pytest.MonkeyPatch, rule: str, *callbacks: Any) -> tuple[int, list[str]]:
     """Transfers by `to_host`, and reads past it, of one step."""
-    transfers = 0
+    transfers = [0]
 
     def to_host(*tensors: Tensor) -> list[Tensor]:
-        nonlocal transfers
-        transfers += 1
+        transfers[0] += 1
         with torch._C.DisableTorchFunction():
             return [t.detach().clone() for t in tensors]
 
     monkeypatch.setattr(backward, "to_host", to_host)
     module = Watched(on_bad_loss=rule)
+    module.transfers = transfers
     trainer(callbacks=list(callbacks), max_steps=3).fit(module, loader())
-    before = transfers
-    assert before <= 3
-    return before // 3, module.device_mode.reads
+    return transfers[0] - module.before, module.device_mode.reads
 
 
-@pytest.mark.parametrize("make", [MinNorm, CAGrad, UPGrad, DualBalance])
-def test_one_transfer_a_step(monkeypatch: pytest.MonkeyPatch, make: Any) -> None:
-    assert counted(monkeypatch, "raise", make()) == (1, [])
+def every(n: int) -> Every:
+    return Every(n, MinNorm())
+
+
+ONCE = [MinNorm, CAGrad, UPGrad, DualBalance, NashMTL, partial(every, 1), partial(every, 3)]
+ONCE += [partial(NashMTL, update_weights_every=2), LogLoss, GeometricMean, RandomWeighting, None]
+
+
+@pytest.mark.parametrize("rule", ["raise", "skip_step"])
+@pytest.mark.parametrize("make", ONCE)
+def test_one_transfer_a_step(monkeypatch: pytest.MonkeyPatch, make: Any, rule: str) -> None:
+    callbacks = [] if make is None else [make()]
+    assert counted(monkeypatch, rule, *callbacks) == (1, [])
+
+
+@pytest.mark.parametrize("make", [MinNorm, CAGrad])
+def test_tasks_are_left_out_by_the_same_transfer(
+    monkeypatch: pytest.MonkeyPatch, make: Any
+) -> None:
+    assert counted(monkeypatch, "skip_task", make()) == (1, [])
 
 
 @pytest.mark.parametrize("make", [DualBalance, RandomWeighting, None])
