@@ -16,21 +16,32 @@ Trunk = Callable[[], tuple[nn.Module, int]]  # makes a trunk, and says how many 
 
 
 class Network(nn.Module):
-    """A trunk, a linear head a task, and the mean squared error of each."""
+    """A trunk, a linear head a task, and the mean squared error of each.
 
-    def __init__(self, trunk: nn.Module, features: int, tasks: int) -> None:
+    Args:
+        trunk: from inputs to features.
+        features: how many there are.
+        tasks: number of tasks.
+        first: what the loss of the first task is multiplied by.
+    """
+
+    def __init__(self, trunk: nn.Module, features: int, tasks: int, first: float = 1.0) -> None:
         super().__init__()
         self.trunk = trunk
+        self.first = first
         self.heads = nn.ModuleDict({f"task{t}": nn.Linear(features, 1) for t in range(tasks)})
 
     def losses(
         self, batch: list[Tensor], mark: Callable[[Tensor], Tensor] = lambda z: z
     ) -> dict[str, Tensor]:
         z = mark(self.trunk(batch[0]))
-        return {
+        losses = {
             task: nn.functional.mse_loss(head(z).squeeze(-1), batch[1][:, t])
             for t, (task, head) in enumerate(self.heads.items())
         }
+        if self.first != 1:
+            losses["task0"] = losses["task0"] * self.first
+        return losses
 
 
 @dataclass(frozen=True)
@@ -43,12 +54,14 @@ class Model:
     inputs: tuple[int, ...]
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
+    first: float = 1.0
     clock: Callable[[], float] = time.perf_counter
 
     def network(self) -> Network:
         torch.manual_seed(0)
         trunk, features = self.trunk()
-        return Network(trunk, features, self.tasks).to(self.device, self.dtype)
+        network = Network(trunk, features, self.tasks, self.first)
+        return network.to(self.device, self.dtype)
 
     def batch(self) -> list[Tensor]:
         torch.manual_seed(1)
@@ -114,6 +127,7 @@ MODELS = {
     model.name: model
     for model in (
         Model("tiny MLP, T=2", 2, mlp(16, 32, 32), (32, 16)),
+        Model("tiny MLP, T=2, losses 100 : 1", 2, mlp(16, 32, 32), (32, 16), first=100.0),
         Model("MLP 0.9M, T=3", 3, WIDE, (128, 256)),
         Model("MLP 0.9M, T=11", 11, WIDE, (128, 256)),
         Model("MLP 0.9M, T=40", 40, WIDE, (128, 256)),

@@ -188,6 +188,24 @@ class Plain(LightningModule):
         return optimizer(self)
 
 
+class Jacobians(Plain):
+    """TorchJD in Lightning, as its documentation says: manual optimisation, min-norm weights."""
+
+    def __init__(self, network: Network) -> None:
+        super().__init__(network)
+        self.automatic_optimization = False
+        self.aggregate = jd.MGDA()
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        marked: list[Tensor] = []
+        losses = self.net.losses(batch, lambda z: marked.append(z) or z)
+        steps: Any = self.optimizers()
+        steps.zero_grad()
+        autojac.mtl_backward(list(losses.values()), features=marked)
+        autojac.jac_to_grad(list(self.net.trunk.parameters()), self.aggregate)
+        steps.step()
+
+
 class Balanced(mtl.MultiTaskModule):
     """The same network under MultiTaskModule."""
 
@@ -223,11 +241,12 @@ def fit(
     model: Model,
     callbacks: Callable[[], list[Any]] | None,
     *,
+    plain: type[Plain] = Plain,
     accumulate: int = 1,
     started: Callable[[], Any] = lambda: None,
     **options: Any,
 ) -> Time:
-    """``Trainer.fit``: plain Lightning with ``callbacks=None``, else MultiTaskModule."""
+    """``Trainer.fit``: ``plain`` with ``callbacks=None``, else MultiTaskModule."""
     network, batch = model.network(), model.batch()
     warm_up = 2 * accumulate
 
@@ -244,7 +263,7 @@ def fit(
             enable_progress_bar=False,
             enable_model_summary=False,
         )
-        module = Plain(network) if callbacks is None else Balanced(network, **options)
+        module = plain(network) if callbacks is None else Balanced(network, **options)
         trainer.fit(module, DataLoader([batch] * (number * accumulate + warm_up), None))
         return clock.seconds / number
 
@@ -266,10 +285,12 @@ LOOPS: dict[str, Way] = {
         for aggregator in ("Mean", "MGDA")
         for engine in ("autojac", "autogram")
     },
+    "batched backward": batched,
     "our engine, MinNorm": ours,
 }
 FITS: dict[str, Way] = {
     LIGHTNING: partial(fit, callbacks=None),
+    "Lightning, TorchJD MGDA": partial(fit, callbacks=None, plain=Jacobians),
     "MultiTaskModule, no balancer": partial(fit, callbacks=list),
     f"MultiTaskModule, {MINNORM}": balanced(MINNORM),
 }

@@ -229,11 +229,12 @@ class Backward:
         flag = non_finite(locals_of(grads))
         if self.layout.ranks.sharded_parameters:  # each process sees its part only
             flag = self.layout.ranks.max_(flag.to(self.layout.ranks.device))
+        present, weights = group.present(), group.loss_weights
         late = [group.mean_losses()] if group.late and group.form in ("sum", "reuse") else []
-        if late and group.loss_weights is not None:
-            late.append(group.loss_weights[group.present()])
+        if late and weights is not None:
+            late.append(weights if len(present) == len(weights) else weights[present])
         flag, *late = to_host(flag, *late)
-        names = [self.module.training_tasks[t] for t in group.present()]
+        names = [self.module.training_tasks[t] for t in present]
         rule, step = self.module.on_bad_loss, self.trainer.global_step + 1
         bad = False
         if late:

@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from lightning_mtl import storage
 from lightning_mtl.arguments import one_of
 from lightning_mtl.state import Stateful
 
@@ -203,8 +204,7 @@ class GradientBalancer(Balancer):
 
     def row_norms(self, rows: Tensor) -> Tensor:
         """Euclidean norms of rows over all columns, in at least float32, shape ``(T,)``."""
-        wide = torch.promote_types(rows.dtype, torch.float32)
-        norms: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=wide)
+        norms = storage.norms(rows)
         if self.shards is None:
             return norms
         return self.sum_shards(norms.double().square()).sqrt().to(norms)

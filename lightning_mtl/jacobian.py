@@ -13,7 +13,7 @@ from lightning_mtl.graph import reachable
 from lightning_mtl.heads import HeadGradients
 from lightning_mtl.losses import TaskLosses
 from lightning_mtl.state import Shards
-from lightning_mtl.storage import Memory, allocate, along, combine, gramian
+from lightning_mtl.storage import Memory, allocate, along, combine, gramian, norms
 from lightning_mtl.strategies import OneProcess
 
 Named = dict[str, nn.Parameter]
@@ -255,9 +255,7 @@ class TaskGradients:
 
     def norms(self, rows: Tensor) -> Tensor:
         """Norms of rows, complete over all columns."""
-        wide = torch.promote_types(rows.dtype, torch.float32)
-        norms: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=wide)
-        return norms
+        return norms(rows)
 
     def _close(self) -> Tensor:
         if self.shared is None:

@@ -42,6 +42,19 @@ def gramian(rows: Tensor) -> Tensor:
     return sums
 
 
+def norms(rows: Tensor) -> Tensor:
+    """Euclidean norms of rows, shape ``(T,)``, in at least float32."""
+    found: Tensor
+    if rows.dtype.itemsize >= 4:
+        found = torch.linalg.vector_norm(rows, dim=1)
+        return found
+    # With a dtype, PyTorch's own norm makes a wider copy of all rows first.
+    parts = [torch.zeros(len(rows), device=rows.device)]
+    parts += [torch.linalg.vector_norm(part, dim=1) for part, _ in _wide(rows)]
+    found = torch.linalg.vector_norm(torch.stack(parts), dim=0)
+    return found
+
+
 def combine(rows: Tensor, weights: Tensor, out: Tensor) -> Tensor:
     """``weights @ rows``, written to ``out``, shape ``(P,)``, which may be on another device."""
     if rows.dtype == out.dtype and rows.device == out.device:

@@ -12,6 +12,7 @@ from lightning_mtl import SAMO, DualBalance, GradientBalancer, LogLoss, MinNorm
 from lightning_mtl.storage import allocate, along, combine, gramian
 from tests.method_rows.row import Method
 from tests.methods import METHODS
+from lightning_mtl.storage import norms
 from tests.models import Balanced, loader, trainer, weights
 from tests.test_forms import Observer
 
@@ -184,3 +185,12 @@ def test_half_precision_is_recorded_in_float32() -> None:
     fit("bf16", DualBalance(), observer, max_steps=2)
     for record in observer.records:
         assert record.alignment.dtype == record.direction_norm.dtype == torch.float32
+
+
+def test_norms_of_narrow_rows_are_those_of_wide_ones() -> None:
+    torch.manual_seed(0)
+    rows = (1e3 * torch.randn(3, 3_000_000)).bfloat16()  # a few columns at a time, more than once
+    rows[1] = 0
+    torch.testing.assert_close(norms(rows), torch.linalg.vector_norm(rows.double(), dim=1).float())
+    assert norms(rows[:, :0]).tolist() == [0.0, 0.0, 0.0]
+    assert not norms(torch.full((1, 4), torch.nan).bfloat16()).isfinite()
