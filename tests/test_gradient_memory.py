@@ -9,10 +9,9 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_mtl import SAMO, DualBalance, GradientBalancer, LogLoss, MinNorm
-from lightning_mtl.storage import allocate, along, combine, gramian
+from lightning_mtl.storage import allocate, along, combine, gramian, norms
 from tests.method_rows.row import Method
 from tests.methods import METHODS
-from lightning_mtl.storage import norms
 from tests.models import Balanced, loader, trainer, weights
 from tests.test_forms import Observer
 
@@ -191,6 +190,7 @@ def test_norms_of_narrow_rows_are_those_of_wide_ones() -> None:
     torch.manual_seed(0)
     rows = (1e3 * torch.randn(3, 3_000_000)).bfloat16()  # a few columns at a time, more than once
     rows[1] = 0
-    torch.testing.assert_close(norms(rows), torch.linalg.vector_norm(rows.double(), dim=1).float())
+    exact = torch.linalg.vector_norm(rows.double(), dim=1).float()
+    torch.testing.assert_close(norms(rows), exact, rtol=1e-4, atol=0)
     assert norms(rows[:, :0]).tolist() == [0.0, 0.0, 0.0]
     assert not norms(torch.full((1, 4), torch.nan).bfloat16()).isfinite()
