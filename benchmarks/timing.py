@@ -62,7 +62,7 @@ def interleaved(model: Model, ways: dict[str, Way], rounds: int, seconds: float 
             times.reasons[name] = f"{type(error).__name__}: {text}"
             continue
         times.seconds[name] = []
-    names = list(ready)
+    names = list(times.seconds)
     for turn in range(rounds):
         first = turn % len(names)
         for name in names[first:] + names[:first]:

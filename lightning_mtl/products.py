@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_mtl.again import Reached, Seen, replayed
 from lightning_mtl.host import to_host
@@ -114,7 +115,8 @@ class Products(Probe):
                 warnings.filterwarnings("ignore", "`torch.jit", DeprecationWarning)
                 pairs = zip(shared, tangents, strict=True)
                 duals = {id(p): forward_ad.make_dual(p.detach(), t.to(p.dtype)) for p, t in pairs}
-                again = self._again(duals)
+                with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no forward mode
+                    again = self._again(duals)
                 change = forward_ad.unpack_dual(again).tangent
                 return torch.zeros_like(again) if change is None else change
         except (NotImplementedError, RuntimeError) as error:

@@ -31,6 +31,18 @@ class Marked(Balanced):
         return {t: self.net.heads[f"head_{t}"](z).squeeze(-1) for t in TASKS}
 
 
+class Attending(Marked):
+    """A transformer, whose attention has fused kernels."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        torch.manual_seed(3)
+        layer = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True)
+        self.net.trunk = nn.Sequential(
+            nn.Unflatten(1, (2, 2)), nn.Linear(2, 4), layer, nn.Flatten(), nn.Linear(8, 6)
+        )
+
+
 class Spy(GradientBalancer):
     """MinNorm that keeps the Gramians it was given."""
 
@@ -53,16 +65,17 @@ def fit(balancer: Any, *others: Any, module: Any = None, **kwargs: Any) -> Any:
     return module
 
 
-def seen(level: str, *others: Any) -> list[Tensor]:
+def seen(level: str, *others: Any, module: Any = None) -> list[Tensor]:
     spy = Spy(level)
-    fit(spy, *others, max_steps=1)
+    fit(spy, *others, module=module, max_steps=1)
     return spy.seen
 
 
+@pytest.mark.parametrize("model", [Marked, Attending])
 @pytest.mark.parametrize("others", [[], [LogLoss()]])
-def test_the_products_are_those_of_all_parameters(others: list[Any]) -> None:
-    (exact,) = seen("parameters", *others)
-    first, second, third = seen("representation+2", *others)
+def test_the_products_are_those_of_all_parameters(model: Any, others: list[Any]) -> None:
+    (exact,) = seen("parameters", *others, module=model())
+    first, second, third = seen("representation+2", *others, module=model())
     for trial, after in ((first, second), (first, third), (second, third)):
         w = MinNorm().weights(trial, torch.ones(3))
         torch.testing.assert_close(after @ w, exact @ w, rtol=1e-4, atol=1e-5)
