@@ -159,17 +159,16 @@ def _by_products(
     rows: list[int] | None,
 ) -> Tensor:
     """The Gramian of all shared parameters, fitted to products with trial weights."""
-    asked, found, estimates = [], [], [gramian]
+    asked, found = [], []
     for _ in range(balancer.products):
         weights = _product(omega, _trial(balancer, _outer(gramian, omega), losses))
         asked.append(weights)
         each = of_all(_product(means, weights), rows, gradients.gradients.num_tasks, losses)
-        product, second = gradients.product(each)
+        product, estimates = gradients.product(each)
         if rows is not None:
-            product, second = product[rows], second[rows][:, rows]
+            product, estimates = product[rows], [e[rows][:, rows] for e in estimates]
         found.append(_product(product, means))
-        estimates = [estimates[0], _outer(second, means)]
-        gramian = estimated(estimates, asked, found)
+        gramian = estimated([_outer(e, means) for e in estimates], asked, found)
     return gramian
 
 

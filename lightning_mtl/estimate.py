@@ -10,9 +10,8 @@ from torch import Tensor
 
 from lightning_mtl.solvers import Array, nnls, to_numpy
 
-# Relative eigenvalues below which combinations of weights tell nothing new: by the products, which
-# carry rounding of float32; and by the estimate, from which they are then taken out.
-_SAME, _GONE = 1e-6, 1e-9
+# Relative eigenvalue of products below which their difference is the rounding of float32.
+_SAME = 1e-6
 
 
 def estimated(
@@ -65,8 +64,11 @@ def estimated(
 def corrected(gramian: Tensor, weights: Tensor, products: Tensor) -> Tensor:
     r"""An estimate that takes on exact products, and stays positive semi-definite.
 
-    .. math:: M_1 = M_0 - M_0 W (W^\top M_0 W)^+ W^\top M_0 + V (W^\top V)^+ V^\top,
-              \qquad V = M W, \qquad M_1 W = V
+    .. math:: M_1 = P M_0 P^\top + V A^+ V^\top, \qquad P = I - V A^+ W^\top, \qquad V = M W,
+              \qquad A = W^\top V, \qquad M_1 W = V
+
+    As Davidon, Fletcher and Powell correct a matrix: of the two ways that keep it semi-definite it
+    is the one that leaves tasks alone which the combination hardly moves.
 
     Args:
         gramian: :math:`M_0`, positive semi-definite, shape ``(T, T)``, float64.
@@ -76,17 +78,11 @@ def corrected(gramian: Tensor, weights: Tensor, products: Tensor) -> Tensor:
     unit = (weights * products).sum(0).rsqrt()  # columns of length one in M
     weights, products = weights * unit, products * unit
     lengths = weights.T @ products
-    image = gramian @ weights
-    return (
-        gramian
-        - image @ _inverse(weights.T @ image, _GONE) @ image.T
-        + products @ _inverse(0.5 * (lengths + lengths.T), _SAME) @ products.T
-    )
-
-
-def _inverse(matrix: Tensor, tolerance: float) -> Tensor:
-    inverse: Tensor = torch.linalg.pinv(matrix, rtol=tolerance, hermitian=True)
-    return inverse
+    inverse = torch.linalg.pinv(0.5 * (lengths + lengths.T), rtol=_SAME, hermitian=True)
+    image = products @ inverse
+    left = torch.eye(len(gramian), dtype=gramian.dtype) - image @ weights.T
+    found: Tensor = left @ gramian @ left.T + image @ products.T
+    return found
 
 
 def _stacked(pairs: Sequence[tuple[Array, Array]]) -> tuple[Array, Array]:

@@ -59,16 +59,24 @@ class Products(Probe):
     ) -> None:
         super().__init__(gradients, [z], representation=True, scale=scale)
         self.module, self.seen = module, seen
-        self._second: Tensor | None = None
+        self._estimates: list[Tensor] = []
 
-    def product(self, weights: Tensor) -> tuple[Tensor, Tensor]:
+    def gramian(self, rows: Tensor) -> Tensor:
+        """The mean of both estimates, the second in the size of the first, shape ``(T, T)``."""
+        first, second = self._estimates = [super().gramian(rows), self._of_activations()]
+        size = first.diagonal().mean() / second.diagonal().mean()
+        mean = 0.5 * (first + second * size)
+        return torch.where(size.isfinite(), mean, first)
+
+    def product(self, weights: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Inner products of all task gradients with their combination.
 
         Args:
             weights: shape ``(T,)``.
 
         Returns:
-            The products, shape ``(T,)``, and the estimate :math:`E_1`, both on the host.
+            The products, shape ``(T,)``, and the estimates :math:`E_0` and :math:`E_1`; on the
+            host.
 
         Raises:
             ValueError: forward mode disagrees with backward mode.
@@ -82,10 +90,9 @@ class Products(Probe):
         direction = gradients.combined()
         change = self._change(shared, gradients.row_views(0))
         product = self.sum_shards(self.rows @ change.flatten().to(self.rows))
-        estimate = self._of_activations() if self._second is None else self._second
-        self._second, found, length = to_host(estimate, product, direction @ direction)
+        found, length, *self._estimates = to_host(product, direction @ direction, *self._estimates)
         self._check(float(weights.to(found) @ found), float(length))
-        return found.to(weights), self._second.to(weights)
+        return found.to(weights), [e.to(weights) for e in self._estimates]
 
     def _of_activations(self) -> Tensor:
         """The estimate :math:`E_1`, shape ``(T, T)``."""
