@@ -132,9 +132,9 @@ class GradientBalancer(Balancer):
             the parameters of the ``"last_layer"`` that is shared; or the shared
             ``"representation"``. The last two suit methods with weights from the Gramian: the
             weights then apply to the gradients of all shared parameters, which take one trunk
-            backward pass whatever :math:`T` is. ``"representation+1"`` and ``"+2"`` correct the
-            Gramian of the representation by one or two exact products with that of all parameters,
-            each one more trunk backward pass and one forward pass in forward mode.
+            backward pass whatever :math:`T` is. ``"representation+1"`` and ``"+2"`` estimate the
+            Gramian of all parameters from the representation and one or two exact products with
+            it, each one more trunk backward pass and one forward pass in forward mode.
 
     Attributes:
         weight_heads: multiply the gradients of task ``t``'s own parameters by :math:`w_t` too.
