@@ -28,7 +28,10 @@ class Seen:
 
 
 class Reached(BaseException):
-    """Ends a forward pass at the shared representation; no ``Exception``, so nobody catches it."""
+    """Ends a forward pass at the shared representation.
+
+    No ``Exception``, so that code which looks out for errors lets it through.
+    """
 
     def __init__(self, representation: Tensor) -> None:
         super().__init__("The shared representation was reached.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import overload
 
@@ -12,7 +12,6 @@ from torch import Tensor
 
 from lightning_mtl.balancer import Balancer, GradientBalancer, LossBalancer
 from lightning_mtl.estimate import estimated
-from lightning_mtl.host import ones_like
 from lightning_mtl.jacobian import TaskGradients
 from lightning_mtl.loss_balancers import EqualWeighting
 from lightning_mtl.probe import Probe
@@ -35,8 +34,8 @@ def aggregate(
     observed: bool,
     apart: Tensor | None = None,
     look: bool = True,
-) -> StepRecord:
-    r"""Write the balanced gradients of a step and say what was done.
+) -> Callable[[], StepRecord]:
+    r"""Write the balanced gradients of a step; returns what tells what was done.
 
     Row ``t`` of the Jacobian is a sum over micro-batches; divided by ``counts[t]`` it is the
     gradient of the mean loss. Every nonlinear stage sees these means; ``share`` scales the result
@@ -134,10 +133,10 @@ def aggregate(
     gradients.write_heads(head_weights)
     if isinstance(gradients, Probe) and gradient_balancer is not None:
         _forget(gradient_balancer)  # its rows are those of one step
-    return StepRecord(
+    return lambda: StepRecord(
         tasks=tuple(tasks[t] for t in present),
         losses=losses,
-        loss_weights=ones_like(losses) if omega is None else omega,
+        loss_weights=losses.new_ones(len(present)) if omega is None else omega,
         gradient_weights=weights,
         gramian=gramian,
         alignment=alignment,

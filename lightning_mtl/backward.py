@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -58,7 +59,7 @@ class Backward:
         self.scaler: Any = getattr(trainer.precision_plugin, "scaler", None)
         self.hooks: set[str] = set()  # those of a backward pass that somebody listens to
         self._summed: Group | None = None  # what `record` will tell of a summed backward pass
-        self._record: StepRecord | None = None
+        self._record: StepRecord | Callable[[], StepRecord] | None = None
         self._zero_gradient: set[str] = set()
 
     def gradients(self) -> TaskGradients:
@@ -219,13 +220,7 @@ class Backward:
         """
         if self.scaler is not None or self.module.on_bad_loss == "ignore":
             return
-        grads = [
-            grad
-            for optimizer in self.trainer.optimizers
-            for parameters in optimizer.param_groups
-            for p in parameters["params"]
-            if (grad := p.grad) is not None
-        ]
+        grads = [grad for p in self._trained() if (grad := p.grad) is not None]
         flag = non_finite(locals_of(grads))
         if self.layout.ranks.sharded_parameters:  # each process sees its part only
             flag = self.layout.ranks.max_(flag.to(self.layout.ranks.device))
@@ -247,6 +242,8 @@ class Backward:
             bad = True
         if bad:
             group.skip = group.dropped = True
+            for p in self._trained():
+                p.grad = None
 
     def _weighted_sum(self, losses: TaskLosses, group: Group) -> Tensor:
         plain = type(self.loss_balancer) is EqualWeighting and group.reused is None
@@ -286,6 +283,8 @@ class Backward:
         if self._summed is not None:
             self._record = self._summed.record(self.module.training_tasks)
             self._summed = None
+        elif callable(self._record):
+            self._record = self._record()
         return self._record
 
     def _balance(self, group: Group, gradients: TaskGradients | Probe) -> None:
@@ -382,10 +381,13 @@ class Backward:
     def _overflow(self, group: Group) -> None:
         """Leave gradients that make the scaler skip the step of every optimizer."""
         group.overflow = True
-        for optimizer in self.trainer.optimizers:
-            for parameters in optimizer.param_groups:
-                for p in parameters["params"]:
-                    p.grad = torch.full_like(p, torch.nan)
+        for p in self._trained():
+            p.grad = torch.full_like(p, torch.nan)
+
+    def _trained(self) -> list[Tensor]:
+        """Every parameter of every optimizer."""
+        groups = [group for o in self.trainer.optimizers for group in o.param_groups]
+        return [p for group in groups for p in group["params"]]
 
     def _warn_zero_gradients(self, zero: list[int]) -> None:
         names = {self.module.training_tasks[t] for t in zero} - self._zero_gradient

@@ -77,6 +77,20 @@ class Balancer(Stateful):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Show the hooks again that :meth:`setup` hid."""
+        self._show_hooks()
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """As :meth:`teardown`, which does not follow an error."""
+        self._show_hooks()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Copies and pickles that are made during a fit have all hooks."""
+        super().__setstate__(state)
+        self._show_hooks()
+
+    def _show_hooks(self) -> None:
         for hook in _STEP_HOOKS:
             if vars(self).get(hook, self) is None:
                 del vars(self)[hook]
@@ -105,11 +119,16 @@ class LossBalancer(Balancer):
     Attributes:
         needs_current_losses: ``False`` when the weights do not depend on this step's losses; such
             a balancer always trains with one backward pass.
+        stateless: whether :meth:`loss_weights` reads and changes nothing but its argument, and can
+            do with numbers that are not finite or not positive; it may then be called before the
+            losses are looked at, which saves a transfer to the host. A class says it for itself,
+            not for its subclasses.
         needs_losses_after: whether :meth:`update` gets the losses of the same batch after the
             step, which costs one more forward pass.
     """
 
     needs_current_losses: bool = True
+    stateless: bool = False
     needs_losses_after: bool = False
 
     def loss_weights(self, losses: Tensor) -> Tensor:

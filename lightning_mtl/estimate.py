@@ -10,8 +10,9 @@ from torch import Tensor
 
 from lightning_mtl.solvers import Array, nnls, to_numpy
 
-# Relative eigenvalue of products below which their difference is the rounding of float32.
-_SAME = 1e-6
+# Products that differ by less say the same, and their difference is rounding: of float32; or, in
+# half precision, so many times what they are seen to contradict each other by.
+_SAME, _ABOVE = 1e-6, 10.0
 
 
 def estimated(
@@ -78,11 +79,19 @@ def corrected(gramian: Tensor, weights: Tensor, products: Tensor) -> Tensor:
     unit = (weights * products).sum(0).rsqrt()  # columns of length one in M
     weights, products = weights * unit, products * unit
     lengths = weights.T @ products
-    inverse = torch.linalg.pinv(0.5 * (lengths + lengths.T), rtol=_SAME, hermitian=True)
-    image = products @ inverse
+    image = products @ _inverse(lengths)
     left = torch.eye(len(gramian), dtype=gramian.dtype) - image @ weights.T
     found: Tensor = left @ gramian @ left.T + image @ products.T
     return found
+
+
+def _inverse(matrix: Tensor) -> Tensor:
+    """Of what is above rounding, which shows in how far the matrix is from being symmetric."""
+    values, vectors = torch.linalg.eigh(0.5 * (matrix + matrix.T))
+    rounding = float((matrix - matrix.T).abs().max() / values[-1])
+    kept = values > max(_SAME, _ABOVE * rounding) * values[-1]
+    inverse: Tensor = (vectors[:, kept] / values[kept]) @ vectors[:, kept].T
+    return inverse
 
 
 def _stacked(pairs: Sequence[tuple[Array, Array]]) -> tuple[Array, Array]:

@@ -146,9 +146,11 @@ class Flow:
         Only in a step of one micro-batch. What is bad is then left out as a whole, before
         anything is balanced; a task can be left out of a sum of losses no more, only the step.
         """
-        apart = self._all_rows or self.module.on_bad_loss != "skip_task"
+        stateless = vars(type(self.loss_balancer)).get("stateless", False)
+        may = self._all_rows or (stateless and self.module.on_bad_loss != "skip_task")
+        may &= self._may_be_late and not torch.is_anomaly_enabled()  # which ends at the first NaN
         once = self.trainer.accumulate_grad_batches == 1 and self._first_done
-        return self._may_be_late and apart and once and self.backward.scaler is None
+        return may and once and self.backward.scaler is None
 
     def _lockstep(self) -> str:
         """Why every rank has to run the same backward passes, if so."""
@@ -279,6 +281,7 @@ class Flow:
     def mark(self, representation: Tensor) -> None:
         """Note the shared representation of the batch."""
         if self.replaying:
+            self.replaying = False
             raise Reached(representation)
         if torch.is_grad_enabled():
             self._representation.append(representation)

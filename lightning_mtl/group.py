@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_mtl.again import Seen
+from lightning_mtl.balancer import at_least_float32
 from lightning_mtl.losses import TaskLosses
 from lightning_mtl.record import StepRecord
 
@@ -73,7 +74,9 @@ class Group:
                 self.counts[t] += count
             return
         for t, value, count, _ in losses:
-            value = value.detach() if count == 1 else value.detach() * count
+            value = value.detach()
+            if count != 1:  # a loss times its labels would soon leave half precision
+                value = at_least_float32(value) * count
             before = self.loss_sums[t]
             self.loss_sums[t] = value if before is None else before + value
             self.counts[t] += count

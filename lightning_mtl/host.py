@@ -41,14 +41,9 @@ def non_finite(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack([f.to(devices[0]) for f in found]).sum() if found else torch.zeros(())
 
 
-def ones_like(tensor: Tensor) -> Tensor:
-    """Ones in the shape of a tensor, for reading only: all are one number in memory."""
-    return _one(tensor.device, tensor.dtype).expand(tensor.shape)
-
-
 @functools.cache
-def _one(device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.ones((), dtype=dtype, device=device)
+def _one(device: torch.device) -> Tensor:
+    return torch.ones((), dtype=torch.float32, device=device)
 
 
 def all_finite(tensors: Sequence[Tensor]) -> bool:

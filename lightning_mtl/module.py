@@ -217,7 +217,9 @@ class MultiTaskModule(LightningModule):
         """Mark the tensor that all heads start from, for ``gradients="representation"``.
 
         Call it once in ``forward``, ``z = self.shared_representation(self.encoder(x))``; it
-        returns ``z`` as it is, and costs nothing without such a balancer.
+        returns ``z`` as it is, and costs nothing without such a balancer. With
+        ``"representation+1"`` and ``"+2"`` the forward pass runs once or twice more, and ends
+        here: what must be put back after it belongs into ``finally``.
         """
         if self._flow is not None:
             self._flow.mark(z)

@@ -63,7 +63,9 @@ class Products(Probe):
 
     def gramian(self, rows: Tensor) -> Tensor:
         """The mean of both estimates, the second in the size of the first, shape ``(T, T)``."""
-        first, second = self._estimates = [super().gramian(rows), self._of_activations()]
+        first, second = super().gramian(rows), self._of_activations()
+        second = torch.where(second.isfinite().all(), second, 0.0)
+        self._estimates = [first, second]
         size = first.diagonal().mean() / second.diagonal().mean()
         mean = 0.5 * (first + second * size)
         return torch.where(size.isfinite(), mean, first)
@@ -95,13 +97,18 @@ class Products(Probe):
         return found.to(weights), [e.to(weights) for e in self._estimates]
 
     def _of_activations(self) -> Tensor:
-        """The estimate :math:`E_1`, shape ``(T, T)``."""
+        """The estimate :math:`E_1`, shape ``(T, T)``; zeros if ranks differ in the width of z."""
         ranks, z = self.gradients.ranks, self.representation
         assert z is not None
         samples = z.to(self.rows).reshape(len(z) if z.ndim > 1 else 1, -1)
         width = samples.shape[1]
+        if not ranks.alone:
+            ends = ranks.max_(torch.tensor([width, -width], device=z.device))
+            if ends.sum() != 0:  # padded to different lengths, say
+                return self.rows.new_zeros(len(self.rows), len(self.rows))
         # One step of subspace iteration, from cosines: no random numbers, the same on every rank.
-        steps = torch.arange(min(_COMPONENTS, width), device=z.device, dtype=samples.dtype)
+        number = min(_COMPONENTS, width, len(samples) if ranks.alone else width)
+        steps = torch.arange(number, device=z.device, dtype=samples.dtype)
         start = torch.cos(
             steps * torch.arange(width, device=z.device, dtype=samples.dtype)[:, None]
         )
@@ -144,9 +151,13 @@ class Products(Probe):
                 pass
         except Reached as reached:
             return reached.representation
+        flow = self.module._flow
+        found = "it was not marked"
+        if flow is not None and not flow.replaying:
+            found = "something caught what ends the forward pass there (an `except:`, say)"
         raise ValueError(
-            "Expected the shared representation once more for the same batch but it was not "
-            "marked. Use `gradients='representation'`."
+            f"Expected the shared representation once more for the same batch but {found}. Use "
+            f"`gradients='representation'`."
         )
 
     def _check(self, found: float, expected: float) -> None:

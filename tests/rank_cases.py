@@ -30,12 +30,17 @@ class Labelled(Balanced):
         super().__init__(tasks=TASKS, **kwargs)
         self.counted = counted
         self.lr = lr
+        self.padded = False
 
     def configure_optimizers(self) -> Any:
         return torch.optim.SGD(self.parameters(), lr=self.lr, momentum=0.9, weight_decay=1e-3)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        z = self.shared_representation(self.net.trunk(x).tanh())
+        z = self.net.trunk(x).tanh()
+        if self.padded:  # to another length on each rank
+            z = z[:, None].expand(-1, 2 + self.trainer.global_rank, -1).contiguous()
+        z = self.shared_representation(z)
+        z = z.mean(1) if self.padded else z
         return {task: self.net.heads[f"head_{task}"](z).squeeze(-1) for task in TASKS}
 
     def task_losses(self, batch: Any, batch_idx: int) -> Any:
@@ -115,6 +120,7 @@ def fit(
         shard_gradients=variant.startswith("sharded"),
         gradient_memory=variant.removeprefix("sharded ") if variant in MEMORY else "full",
     )
+    module.padded = variant == "padded"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         run.fit(module, batches(rank, world, variant == "missing"))

@@ -17,8 +17,10 @@ from torch import Tensor
 from lightning_mtl import (
     DualBalance,
     LogLoss,
+    LossBalancer,
     MinNorm,
     MultiTaskModule,
+    RandomWeighting,
     Scalarization,
 )
 from lightning_mtl.bad import BadLossError
@@ -28,13 +30,30 @@ from tests.models import Balanced, Network, trainer
 # What is left out is said once; tests/test_edges.py checks that.
 pytestmark = pytest.mark.filterwarnings("ignore:A loss or a gradient of optimiser step")
 
+
+class Running(LossBalancer):
+    """The example of the documentation: its state moves with the losses that it is given."""
+
+    requires_positive_losses = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("mean", 0.0, per_task=True)
+
+    def loss_weights(self, losses: Tensor) -> Tensor:
+        mean = self.per_task_state("mean", losses)
+        mean.copy_(torch.where(mean > 0, 0.9 * mean + 0.1 * losses, losses))
+        return torch.tensor([1 / math.sqrt(value) for value in mean.tolist()]).to(losses)
+
+
 BALANCERS: dict[str, list[type]] = {
     "none": [],
     "LogLoss": [LogLoss],
     "MinNorm": [MinNorm],
     "DualBalance": [DualBalance],
+    "Running": [Running],
 }
-LOGARITHM = ("LogLoss", "DualBalance")
+LOGARITHM = ("LogLoss", "DualBalance", "Running")
 by_balancer = pytest.mark.parametrize("balancer", BALANCERS)
 by_rule = pytest.mark.parametrize("rule", ["raise", "skip_task", "skip_step"])
 
@@ -63,7 +82,7 @@ by_place = pytest.mark.parametrize("place", PLACES.values(), ids=PLACES)
 
 
 def make(balancer: str) -> list[Any]:
-    return [cls() for cls in BALANCERS[balancer]]
+    return [cls() for cls in {**BALANCERS, "RandomWeighting": [RandomWeighting]}[balancer]]
 
 
 def error_in_fit(
@@ -120,6 +139,10 @@ def ends_like(balancer: str, place: Place, what: str) -> dict[str, Any]:
         return fitted(Faulty(), batches(leave_out=left_out), balancers, **place.flags)
     absent = [place.at] if what == "task" else place.group
     return fitted(Given({i: without("a") for i in absent}), batches(), balancers, **place.flags)
+
+
+def test_a_step_that_is_left_out_draws_nothing() -> None:
+    check(BAD["nan"], "skip_step", "RandomWeighting", PLACES["later step"], "", "step")
 
 
 def check(

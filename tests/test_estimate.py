@@ -102,3 +102,17 @@ def test_nothing_is_corrected_where_it_is_right() -> None:
     true = gramian(6, 3)
     w = torch.rand(6, 2, dtype=torch.float64)
     torch.testing.assert_close(corrected(true, w, true @ w), true)
+
+
+@pytest.mark.parametrize("angle", [1e-1, 1e-2, 1e-3, 1e-4])
+@pytest.mark.parametrize("noise", [1e-2, 1e-3, 1e-5])
+def test_products_with_noise_do_not_blow_up(noise: float, angle: float) -> None:
+    """As in half precision, where two products contradict each other."""
+    for seed in range(50):
+        true, w = gramian(5, seed), torch.rand(5, dtype=torch.float64)
+        asked = [w, w + angle * torch.randn(5, dtype=torch.float64)]
+        products = [true @ v * (1 + noise * torch.randn(5, dtype=torch.float64)) for v in asked]
+        found = estimated([gramian(5, seed + 100), gramian(5, seed + 200)], asked, products)
+        assert smallest(found) > -1e-7
+        assert found.abs().max() < 10 * true.abs().max()
+        torch.testing.assert_close(found @ w, true @ w, rtol=0, atol=0.5 * float(true.max()))

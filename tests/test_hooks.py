@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -115,3 +116,18 @@ def test_hidden_hooks_come_back() -> None:
     for balancer in balancers:
         assert not set(vars(balancer)) & set(_STEP_HOOKS)
         balancer.on_train_batch_end(*[torch.zeros(())] * 5)
+
+
+def test_hidden_hooks_come_back_after_an_error_and_in_copies() -> None:
+    copies: list[Any] = []
+
+    class Fails(Callback):
+        def on_train_batch_end(self, run: Any, module: Any, *args: Any) -> None:
+            copies.extend(copy.deepcopy(balancers))
+            raise RuntimeError("as a test wants it")
+
+    balancers = [LogLoss(), MinNorm()]
+    with pytest.raises(RuntimeError, match="as a test wants it"):
+        trainer(callbacks=[*balancers, Fails()]).fit(Balanced(), loader())
+    for found in (*balancers, *copies):
+        assert not set(vars(found)) & set(_STEP_HOOKS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import pytest
@@ -176,3 +177,15 @@ def test_a_layer_without_forward_mode_is_said() -> None:
 
     with pytest.raises((RuntimeError, NotImplementedError), match="Expected forward-mode deriv"):
         fit(MinNorm(gradients="representation+1"), module=Odd(), max_steps=1)
+
+
+def test_what_catches_the_end_of_the_pass_is_said() -> None:
+    class Careless(Marked):
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            z = self.net.trunk(x).tanh()
+            with contextlib.suppress(BaseException):  # a user's mistake
+                z = self.shared_representation(z)
+            return {t: self.net.heads[f"head_{t}"](z).squeeze(-1) for t in TASKS}
+
+    with pytest.raises(ValueError, match=r"something caught what ends the forward pass"):
+        fit(MinNorm(gradients="representation+1"), module=Careless(), max_steps=1)

@@ -39,6 +39,7 @@ BLOCKS = [f"blocks|{name}" for name in ("MinNorm", "NashMTL", "DualProj", "TaskT
 HALF = [f"{v}|{name}" for v in ("bf16", "sharded bf16") for name in ("MinNorm", "DualBalance()")]
 LEVELS = ("last_layer", "representation", "representation+1", "representation+2")
 BY = [f"{variant}|by {level}" for variant in ("plain", "missing", "sharded") for level in LEVELS]
+PADDED = "padded|by representation+1"
 CASES = [*cases(FIRST), *BLOCKS, *HALF, *BY]
 OTHERS = cases([m for m in METHODS if m not in FIRST])
 
@@ -52,7 +53,7 @@ def launched(cases: Sequence[str], path: Path) -> Path:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A row a class."""
-    return launched(CASES, tmp_path_factory.mktemp("ranks"))
+    return launched([*CASES, PADDED], tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +65,13 @@ def other_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("case", CASES)
 def test_two_ranks_train_as_one(folder: Path, case: str) -> None:
     check(folder, CASES.index(case), case)
+
+
+def test_a_representation_of_another_length_on_each_rank(folder: Path) -> None:
+    first, second = (result(folder, len(CASES), rank) for rank in (0, 1))
+    assert torch.equal(first["weights"], second["weights"])
+    assert first["weights"].isfinite().all()
+    assert (first["weights"] - rank_cases.start()).abs().max() > 1e-3
 
 
 @pytest.mark.slow

@@ -27,6 +27,7 @@ class EqualWeighting(LossBalancer):
     """
 
     needs_current_losses = False
+    stateless = True
 
     def loss_weights(self, losses: Tensor) -> Tensor:
         """Ones.

@@ -52,6 +52,7 @@ class GeometricMean(LossBalancer):
     """
 
     requires_positive_losses = True
+    stateless = True
 
     def loss_weights(self, losses: Tensor) -> Tensor:
         """See :func:`geometric_mean_weights`.

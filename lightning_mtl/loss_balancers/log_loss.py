@@ -51,6 +51,7 @@ class LogLoss(LossBalancer):
     """
 
     requires_positive_losses = True
+    stateless = True
 
     def __init__(self, eps: float = 1e-8) -> None:
         super().__init__()

@@ -37,6 +37,7 @@ class Scalarization(LossBalancer):
     """
 
     needs_current_losses = False
+    stateless = True
 
     def __init__(self, weights: dict[str, float] | list[float]) -> None:
         super().__init__()

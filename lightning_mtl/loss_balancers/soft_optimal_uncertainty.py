@@ -62,6 +62,7 @@ class SoftOptimalUncertainty(LossBalancer):
     """
 
     requires_positive_losses = True
+    stateless = True
 
     def __init__(self, temperature: float = 1.0, scale: Scale = "mean") -> None:
         super().__init__()
