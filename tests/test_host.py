@@ -98,7 +98,7 @@ def every(n: int) -> Every:
 
 
 ONCE = [MinNorm, CAGrad, UPGrad, DualBalance, NashMTL, partial(every, 1), partial(every, 3)]
-ONCE += [partial(NashMTL, update_weights_every=2), LogLoss, GeometricMean, RandomWeighting, None]
+ONCE += [partial(NashMTL, update_weights_every=2), LogLoss, GeometricMean, None]
 
 
 @pytest.mark.parametrize("rule", ["raise", "skip_step"])
