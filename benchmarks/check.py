@@ -42,8 +42,8 @@ ROUND = 0.05  # seconds of a way
 
 # In brackets the ratios of runs on x86-64 machines of two cores with one thread: two with torch
 # 2.15, the second beside two processes that kept both cores busy, and one on another processor with
-# torch 2.14. Times are allowed 20 to 25 % more. Numbers written are the same in every run: 5 % are for other versions of PyTorch, and a
-# copy of J would add 0.75.
+# 2.14. Times are allowed 20 to 25 % more. Numbers written are the same in every run: 5 % are for
+# other versions of PyTorch, and a copy of J would add 0.75.
 LIMITS: dict[tuple[str, str], float] = {
     (TINY, ENGINE): 1.75,  # [1.44, 1.41, 1.41]
     (TINY, NONE): 1.40,  # [1.12, 1.13, 1.13]
