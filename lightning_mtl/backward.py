@@ -359,7 +359,7 @@ class Backward:
         is not; there are none where nothing asks for them.
         """
         balancer = self.gradient_balancer
-        losses = group.mean_losses().to(jacobian.dtype)
+        losses = group.mean_losses().to(torch.promote_types(jacobian.dtype, torch.float32))
         weighted = balancer is not None and balancer.gramian_weighted
         checks = self.module.on_bad_loss != "ignore" or self.scaler is not None
         if not (weighted or group.observed or checks):

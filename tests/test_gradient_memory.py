@@ -184,6 +184,14 @@ def test_half_precision_is_recorded_in_float32() -> None:
     fit("bf16", DualBalance(), observer, max_steps=2)
     for record in observer.records:
         assert record.alignment.dtype == record.direction_norm.dtype == torch.float32
+    observer = Observer()
+    fit("bf16", MinNorm(), observer, max_steps=2)
+    for record in observer.records:  # three digits would not do
+        w, gramian = record.gradient_weights, record.gramian
+        torch.testing.assert_close(record.alignment, gramian @ w, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(
+            record.direction_norm.square(), w @ gramian @ w, rtol=1e-4, atol=0
+        )
 
 
 def test_norms_of_narrow_rows_are_those_of_wide_ones() -> None:

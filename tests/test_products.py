@@ -189,3 +189,15 @@ def test_what_catches_the_end_of_the_pass_is_said() -> None:
 
     with pytest.raises(ValueError, match=r"something caught what ends the forward pass"):
         fit(MinNorm(gradients="representation+1"), module=Careless(), max_steps=1)
+
+
+def test_an_estimate_that_overflows_is_left_out() -> None:
+    """The other one then takes on the product alone."""
+    found: dict[str, Tensor] = {}
+    for name, value in (("zeros", 0.0), ("overflow", torch.inf)):
+        with pytest.MonkeyPatch.context() as patch:
+            estimate = torch.full((3, 3), value)
+            patch.setattr(Products, "_of_activations", lambda self, estimate=estimate: estimate)
+            found[name] = weights(fit(MinNorm(gradients="representation+2"), max_steps=3))
+    assert torch.equal(found["zeros"], found["overflow"])
+    assert found["zeros"].isfinite().all()
