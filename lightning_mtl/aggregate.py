@@ -10,8 +10,10 @@ from typing import overload
 import torch
 from torch import Tensor
 
+from lightning_mtl.bad import NotFiniteError
 from lightning_mtl.balancer import Balancer, GradientBalancer, LossBalancer
 from lightning_mtl.estimate import estimated
+from lightning_mtl.host import non_finite
 from lightning_mtl.jacobian import TaskGradients
 from lightning_mtl.loss_balancers import EqualWeighting
 from lightning_mtl.probe import Probe
@@ -42,7 +44,8 @@ def aggregate(
     back, as Lightning scales a last group that is not full. Weights multiply rows only where a
     method needs the rows themselves.
 
-    What has one number a task is arithmetic on the host; the device gets the weights.
+    What has one number a task is arithmetic on the host, in float64: squares of float32 numbers and
+    products of weights leave the range of float32. The device gets the weights.
 
     Args:
         gradients: where the direction and the head gradients are written.
@@ -53,25 +56,28 @@ def aggregate(
         tasks: names of all T tasks.
         loss_balancer: first stage.
         gradient_balancer: second stage, if there is one.
-        gramian: ``jacobian @ jacobian.T`` where it is at hand.
+        gramian: ``jacobian @ jacobian.T`` where it is at hand, float64.
         share: received micro-batches over those of a full group.
         loss_scale: of the gradient scaler, which the optimiser step divides by; head gradients
             carry it already.
         observed: whether a callback wants to see gradients and direction.
         apart: the Jacobians of the micro-batches, shape ``(batches, T, P)``, for a balancer that
             takes them apart; all tasks are then present in each.
-        look: whether weights are looked at for finite numbers.
+        look: whether weights and the direction are looked at for finite numbers.
+
+    Raises:
+        NotFiniteError: weights or a direction that are not finite; nothing has been written.
     """
     present = [t for t, count in enumerate(counts) if count]
     rows = None if len(present) == len(tasks) else present
     # What multiplies the rows: 1 / count, and the loss weights. ``None`` stands for ones.
     means = omega = weights = None
     if any(counts[t] != 1 for t in present):
-        means = losses.new_tensor([1.0 / counts[t] for t in present])
+        means = losses.new_tensor([1.0 / counts[t] for t in present], dtype=torch.float64)
     if type(loss_balancer) is not EqualWeighting:
         with loss_balancer.only(tasks, rows):
             found = loss_balancer.loss_weights(losses)
-            omega = checked(found, loss_balancer, losses, look=look)
+            omega = checked(found, loss_balancer, losses, look=look).double()
     scale = head_weights = _product(means, omega)
     if gramian is not None:
         gramian = gramian if rows is None else gramian[rows][:, rows]
@@ -90,6 +96,8 @@ def aggregate(
                 each = _product(None if means is None else means * len(apart), omega)
                 seen = apart if each is None else apart * each.to(apart)[:, None]
             direction = gradient_balancer.direction(seen, losses.to(jacobian.device))
+            if look:
+                _check_direction(direction, gradients, gradient_balancer)
             if gradient_balancer.weight_heads:
                 weights = checked(
                     gradient_balancer.head_weights(), gradient_balancer, losses, look=look
@@ -102,20 +110,23 @@ def aggregate(
             combined = scale
             if gradient_balancer is not None:
                 assert gramian is not None
+                exact = losses.double()
                 if isinstance(gradients, Products):
                     gramian = _by_products(
-                        gradients, gradient_balancer, gramian, losses, means, omega, rows
+                        gradients, gradient_balancer, gramian, exact, means, omega, rows
                     )
                 weighted = _outer(gramian, omega)
-                weights = gradient_balancer.weights(weighted, losses)
-                weights = checked(weights, gradient_balancer, losses)
+                weights = gradient_balancer.weights(weighted, exact)
+                weights = checked(weights, gradient_balancer, exact)
                 combined = _product(scale, weights)
                 head_weights = combined if gradient_balancer.weight_heads else scale
                 if gradient_balancer.weight_heads and own_head_weights(gradient_balancer):
-                    own = checked(gradient_balancer.head_weights(), gradient_balancer, losses)
+                    own = checked(gradient_balancer.head_weights(), gradient_balancer, exact)
                     head_weights = _product(scale, own)
             every_column = False
             direction = gradients.combine(of_all(combined, rows, len(tasks), losses))
+            if look and not _within_range(combined, gramian, losses.dtype):
+                _check_direction(direction, gradients, gradient_balancer or loss_balancer)
             alignment = gradients.along(jacobian, direction) if observed else None
             if alignment is not None:
                 alignment = alignment.to(losses.device)
@@ -129,15 +140,15 @@ def aggregate(
         )
     gradients.write_shared(direction, every_column=every_column)
     if head_weights is not None:
-        head_weights = of_all(head_weights, rows, len(tasks), losses)
+        head_weights = of_all(head_weights, rows, len(tasks), losses).to(losses)
     gradients.write_heads(head_weights)
     if isinstance(gradients, Probe) and gradient_balancer is not None:
         _forget(gradient_balancer)  # its rows are those of one step
     return lambda: StepRecord(
         tasks=tuple(tasks[t] for t in present),
         losses=losses,
-        loss_weights=losses.new_ones(len(present)) if omega is None else omega,
-        gradient_weights=weights,
+        loss_weights=losses.new_ones(len(present)) if omega is None else omega.to(losses),
+        gradient_weights=None if weights is None else weights.to(losses),
         gramian=gramian,
         alignment=alignment,
         direction_norm=norm,
@@ -213,7 +224,8 @@ def checked(weights: Tensor, balancer: Balancer, losses: Tensor, *, look: bool =
     ``look=False`` trusts that they are finite, and does not wait for them.
 
     Raises:
-        ValueError: another shape, or a weight that is not finite.
+        ValueError: another shape.
+        NotFiniteError: a weight that is not finite.
     """
     name, tasks = type(balancer).__name__, list(balancer.tasks)
     if weights.shape != losses.shape:
@@ -222,7 +234,7 @@ def checked(weights: Tensor, balancer: Balancer, losses: Tensor, *, look: bool =
             f"{tuple(losses.shape)}, but got shape {tuple(weights.shape)}."
         )
     if look and not all(map(math.isfinite, weights.tolist())):
-        raise ValueError(
+        raise NotFiniteError(
             f"Expected finite weights from {name} but got {weights.tolist()} for {tasks} with the "
             f"losses {losses.tolist()}. No parameter was changed. Look at the scale of the losses, "
             f"or use another balancer."
@@ -230,6 +242,35 @@ def checked(weights: Tensor, balancer: Balancer, losses: Tensor, *, look: bool =
     weights = weights.detach()
     same = weights.dtype == losses.dtype and weights.device == losses.device
     return weights if same else weights.to(losses)
+
+
+def _within_range(weights: Tensor | None, gramian: Tensor | None, dtype: torch.dtype) -> bool:
+    """Whether finite rows with these weights cannot leave the range of ``dtype``.
+
+    On the host, from the norms of the rows: the direction itself need not be waited for.
+    """
+    if gramian is None or gramian.device.type != "cpu":
+        return False
+    norms = gramian.diagonal().clamp(min=0).sqrt()
+    sizes = norms.new_ones(len(norms)) if weights is None else weights.to(norms).abs()
+    return float(sizes @ norms) < 0.5 * torch.finfo(dtype).max
+
+
+def _check_direction(
+    direction: Tensor, gradients: TaskGradients | Probe, balancer: Balancer
+) -> None:
+    """Refuse a direction that is not finite, on every rank alike.
+
+    Raises:
+        NotFiniteError: a number in it is not.
+    """
+    if gradients.sum_shards(non_finite([direction])).item():
+        raise NotFiniteError(
+            f"Expected a finite direction from {type(balancer).__name__} for "
+            f"{list(balancer.tasks)} but found one that is not, though every loss and gradient is. "
+            f"No parameter was changed. Look at the scale of the losses and at the state of the "
+            f"balancer, or use another one."
+        )
 
 
 @overload

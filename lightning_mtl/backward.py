@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_mtl.aggregate import aggregate, checked, of_all
-from lightning_mtl.bad import bad_gradients, bad_losses, bad_sum
+from lightning_mtl.bad import Limit, bad_gradients, bad_losses, bad_sum
 from lightning_mtl.balancer import GradientBalancer, LossBalancer
 from lightning_mtl.blocks import Blocks
 from lightning_mtl.group import Group
@@ -20,7 +20,7 @@ from lightning_mtl.host import non_finite, to_host
 from lightning_mtl.jacobian import TaskGradients
 from lightning_mtl.layout import Layout, no_shared
 from lightning_mtl.loss_balancers import EqualWeighting
-from lightning_mtl.losses import TaskLosses
+from lightning_mtl.losses import TaskLosses, check_every_task
 from lightning_mtl.perturbed import perturbed_rows
 from lightning_mtl.probe import Probe, check_shared, open_probe
 from lightning_mtl.products import Products
@@ -55,7 +55,7 @@ class Backward:
         self.layout = layout
         self.loss_balancer = loss_balancer
         self.gradient_balancer = gradient_balancer
-        self.positive_for: str | None = None  # name of a balancer that needs positive losses
+        self.limit: Limit | None = None  # what a balancer asks of losses
         self.scaler: Any = getattr(trainer.precision_plugin, "scaler", None)
         self.hooks: set[str] = set()  # those of a backward pass that somebody listens to
         self._summed: Group | None = None  # what `record` will tell of a summed backward pass
@@ -101,7 +101,7 @@ class Backward:
             self._balance(group, gradients)
         else:
             self._add_rows(losses, group, gradients, stepping)
-            if stepping:
+            if stepping and not group.skip:
                 self._balance(group, gradients)
         if "on_after_backward" in self.hooks:
             self.trainer.precision_plugin.post_backward(total, self.module)
@@ -133,12 +133,10 @@ class Backward:
         balancer = self.gradient_balancer
         apart = balancer is not None and balancer.batches > 1
         if balancer is not None and apart:
-            if losses.uneven(len(group.counts)):
-                raise ValueError(
-                    f"Expected every task, without label counts, in each micro-batch of "
-                    f"{type(balancer).__name__}(batches={balancer.batches}) but found "
-                    f"{[self.module.training_tasks[t] for t in losses.tasks]}. Use `batches=1`."
-                )
+            if group.dropped:  # a bad loss: of batches that are taken apart none can do without
+                group.skip = True
+                return
+            check_every_task(losses, self.module.training_tasks, balancer)
             if group.received > 1:
                 gradients.set_aside()
         scale = self.scale
@@ -234,7 +232,7 @@ class Backward:
         bad = False
         if late:
             values = dict(enumerate(late[0].tolist()))
-            bad = bool(bad_losses(values, names, self.positive_for, on_bad_loss=rule, step=step))
+            bad = bool(bad_losses(values, names, self.limit, on_bad_loss=rule, step=step))
             if len(late) == 2 and not bad:
                 checked(late[1], self.loss_balancer, late[0])
         if flag.item() and not bad:
@@ -311,8 +309,9 @@ class Backward:
             bad: set[int] = set()
             if group.late:
                 values = dict(zip(present, losses.tolist(), strict=True))
-                bad |= bad_losses(values, tasks, self.positive_for, on_bad_loss=rule, step=step)
-            bad |= set(bad_gradients(sizes, group.counts, tasks, on_bad_loss=rule, step=step))
+                bad |= bad_losses(values, tasks, self.limit, on_bad_loss=rule, step=step)
+            squared = jacobian.dtype == torch.float64
+            bad |= bad_gradients(sizes, group.counts, tasks, squared, on_bad_loss=rule, step=step)
             for t in bad:
                 gradients.drop(t)
                 jacobian[t].zero_()

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from lightning_mtl import storage
+from lightning_mtl import inner, storage
 from lightning_mtl.arguments import one_of
 from lightning_mtl.state import Stateful
 
@@ -56,9 +56,11 @@ class Balancer(Stateful):
             hand.
         requires_positive_losses: a loss at or below zero is then a bad loss (the method takes its
             logarithm).
+        requires_nonnegative_losses: a loss below zero is then a bad loss.
     """
 
     requires_positive_losses: bool = False
+    requires_nonnegative_losses: bool = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse a module that would never call the balancer; hide hooks with nothing to do."""
@@ -203,8 +205,9 @@ class GradientBalancer(Balancer):
             losses: task losses, shape ``(T,)``, detached.
         """
         wide = jacobian if jacobian.dtype.itemsize >= 4 else jacobian.float()
-        weights = self.weights(wide @ wide.T, losses).to(wide)
-        return (weights @ wide).to(jacobian.dtype)
+        gramian = inner.gramian(wide)
+        weights = self.weights(gramian, losses.to(gramian))
+        return storage.combined(wide, weights.to(gramian)).to(jacobian.dtype)
 
     def head_weights(self) -> Tensor:
         """Weights of the head gradients, shape ``(T,)``, after :meth:`direction`.
@@ -222,24 +225,18 @@ class GradientBalancer(Balancer):
         return partial
 
     def row_norms(self, rows: Tensor) -> Tensor:
-        """Euclidean norms of rows over all columns, in at least float32, shape ``(T,)``."""
-        norms = storage.norms(rows)
-        if self.shards is None:
-            return norms
-        return self.sum_shards(norms.double().square()).sqrt().to(norms)
+        """Euclidean norms of rows over all columns, float64, shape ``(T,)``."""
+        norms = inner.norms(rows)
+        return norms if self.shards is None else self.sum_shards(norms.square()).sqrt()
 
     def tensor_norms(self, jacobian: Tensor) -> Tensor:
         """Norms of every row on every tensor of :attr:`columns`, shape ``(T, number of tensors)``.
 
-        By hand, all columns are one tensor. In at least float32, and complete over processes.
+        By hand, all columns are one tensor. In float64, and complete over processes.
         """
         sizes = [jacobian.shape[1]] if self.columns is None else list(self.columns.sizes)
-        wide = torch.promote_types(jacobian.dtype, torch.float32)
-        parts = jacobian.split(sizes, dim=1)
-        norms = torch.stack([torch.linalg.vector_norm(p, dim=1, dtype=wide) for p in parts], dim=1)
-        if self.shards is None:
-            return norms
-        return self.sum_shards(norms.double().square()).sqrt().to(norms)
+        norms = torch.stack([inner.norms(part) for part in jacobian.split(sizes, dim=1)], dim=1)
+        return norms if self.shards is None else self.sum_shards(norms.square()).sqrt()
 
     def reused_weights(self) -> Tensor | None:
         """Weights of an earlier step that hold for this one, so that it needs no Jacobian.

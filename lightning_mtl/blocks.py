@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from lightning_mtl import inner
 from lightning_mtl.jacobian import TaskGradients
 from lightning_mtl.probe import Probe
-from lightning_mtl.storage import gramian
 
 if TYPE_CHECKING:
     from lightning_mtl.losses import TaskLosses
@@ -34,7 +34,7 @@ class Blocks(Probe):
         self.blocks = _cut(shared, number)
         widest = max(self.blocks, key=lambda block: sum(p.numel() for p in block))
         super().__init__(gradients, widest, representation=False, scale=scale)
-        self._gramian = self.rows.new_zeros(len(self.rows), len(self.rows))
+        self._gramian = self.rows.new_zeros(len(self.rows), len(self.rows), dtype=torch.float64)
 
     def collect(self, losses: TaskLosses) -> None:
         """The Gramian and head gradients of a micro-batch; keeps the graph for the direction."""
@@ -54,7 +54,7 @@ class Blocks(Probe):
                         rows[t, offset : offset + p.numel()].view(p.shape).copy_(grad)
                     offset += p.numel()
             rows = self.gradients.ranks.sum_(rows)
-            self._gramian += gramian(rows.div_(self.scale) if self.scale != 1 else rows)
+            self._gramian += inner.gramian(rows.div_(self.scale) if self.scale != 1 else rows)
 
     def finish(self) -> Tensor:
         """The rows of the last block: there is no more of J."""
@@ -81,7 +81,7 @@ class Blocks(Probe):
 
     def combine(self, weights: Tensor) -> Tensor:
         """Note the weights: the direction is taken when it is written."""
-        self.weights = weights
+        self.weights = weights.to(self.rows.dtype)
         return weights
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from lightning_mtl.again import Reached, Seen, losses_again, remember
 from lightning_mtl.aggregate import of_all, own_head_weights
 from lightning_mtl.backward import Backward
+from lightning_mtl.bad import limit_of, run_or_leave_out
 from lightning_mtl.balancer import Balancer, GradientBalancer, at_least_float32
 from lightning_mtl.group import Group
 from lightning_mtl.layout import Layout
@@ -54,8 +55,7 @@ class Flow:
         self.loss_balancer = loss or EqualWeighting()
         self.gradient_balancer = gradient if gradient and gradient.needs_jacobian else None
         self.observers = [c for c in callbacks if hasattr(c, "wants_jacobian")]
-        strict = [type(b).__name__ for b in self.balancers if b.requires_positive_losses]
-        self._positive_for = strict[0] if strict else None
+        self._limit = limit_of(self.balancers)
         self._learners = [b for b in self.balancers if _learns(b)]
         self._again = any(getattr(b, "needs_losses_after", False) for b in self.balancers)
         self._perturbed = isinstance(self.gradient_balancer, Perturbing)
@@ -72,7 +72,7 @@ class Flow:
         self.backward = Backward(
             module, trainer, self.layout, self.loss_balancer, self.gradient_balancer
         )
-        self.backward.positive_for = self._positive_for
+        self.backward.limit = self._limit
         self._group: Group | None = None
         self._synced: bool | None = None  # whether BatchNorm has collectives of its own
         self._observed = False
@@ -132,7 +132,7 @@ class Flow:
             losses,
             module.task_names,
             module.training_tasks,
-            positive_for=self._positive_for,
+            limit=self._limit,
             on_bad_loss=module.on_bad_loss,
             step=self.trainer.global_step + 1,
             ranks=self.ranks,
@@ -186,7 +186,9 @@ class Flow:
         if stepping:
             self._group = None
             group.skip |= not any(group.counts) or not self._all_seen(group)
-        total = None if group.skip else self.backward.run(losses, group, stepping=stepping)
+        total = None
+        if not group.skip:
+            total = run_or_leave_out(self.backward, losses, group, stepping=stepping)
         self._uneven |= group.uneven
         if stepping and not group.skip:
             self.module.automatic_optimization = True

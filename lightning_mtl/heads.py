@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -53,10 +54,12 @@ class HeadGradients:
         return non_finite(self.own())
 
     def sizes(self) -> list[float]:
-        """A number for each task that is not finite where a gradient of it is not."""
-        grads = self._all()
-        norms = iter(torch.stack(torch._foreach_norm(grads)).tolist() if grads else ())
-        return [sum(next(norms) for _ in heads) for heads in self.by_task]
+        """Zero for each task, or infinity where a gradient of it is not finite."""
+        self.own()
+        flags = [non_finite(list(heads.values())) for heads in self.by_task]
+        device = next((f.device for f in flags if f.device.type != "cpu"), flags[0].device)
+        found = torch.stack([f.to(device) for f in flags]).tolist()
+        return [math.inf if flag else 0.0 for flag in found]
 
     def weighted(self, weights: Tensor | None) -> dict[str, Tensor]:
         """The gradients by name, each task's times its weight; ``None`` for ones."""

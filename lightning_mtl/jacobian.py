@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_mtl import inner
 from lightning_mtl.balancer import Columns
 from lightning_mtl.graph import reachable
 from lightning_mtl.heads import HeadGradients
 from lightning_mtl.losses import TaskLosses
 from lightning_mtl.state import Shards
-from lightning_mtl.storage import Memory, allocate, along, combine, gramian, norms
+from lightning_mtl.storage import Memory, allocate, combine
 from lightning_mtl.strategies import OneProcess
 
 Named = dict[str, nn.Parameter]
@@ -235,18 +236,16 @@ class TaskGradients:
         return partial
 
     def gramian(self, rows: Tensor) -> Tensor:
-        """Inner products of the rows, complete over all columns, shape ``(T, T)``."""
-        return self.sum_shards(gramian(rows))
+        """Inner products of the rows, complete over all columns, shape ``(T, T)``, float64."""
+        return self.sum_shards(inner.gramian(rows))
 
     def along(self, rows: Tensor, direction: Tensor) -> Tensor:
         """Inner products of the rows with the direction, over all columns, shape ``(T,)``."""
-        return self.sum_shards(along(rows, direction))
+        return self.sum_shards(inner.along(rows, direction))
 
     def length(self, direction: Tensor) -> Tensor:
         """Norm of the direction over all columns."""
-        wide = torch.promote_types(direction.dtype, torch.float32)
-        norm = torch.linalg.vector_norm(direction, dtype=wide)
-        return self.sum_shards(norm.square()).sqrt()
+        return self.sum_shards(inner.gramian(direction[None])[0, 0]).sqrt()
 
     @property
     def shards(self) -> Shards | None:
@@ -254,8 +253,8 @@ class TaskGradients:
         return None
 
     def norms(self, rows: Tensor) -> Tensor:
-        """Norms of rows, complete over all columns."""
-        return norms(rows)
+        """Norms of rows, complete over all columns, float64."""
+        return inner.norms(rows)
 
     def _close(self) -> Tensor:
         if self.shared is None:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_mtl.bad import OnBadLoss, bad_loss, usable
+from lightning_mtl.bad import Limit, OnBadLoss, bad_loss, usable
+from lightning_mtl.balancer import GradientBalancer
 from lightning_mtl.strategies import OneProcess
 
 _NONE = torch.ones(0)
@@ -120,12 +121,27 @@ def known_tasks(given: Sequence[str], declared: Sequence[str], argument: str) ->
         )
 
 
+def check_every_task(losses: TaskLosses, tasks: Sequence[str], balancer: GradientBalancer) -> None:
+    """Refuse a micro-batch without a task where a balancer takes micro-batches apart.
+
+    Raises:
+        ValueError: a task is missing, or brings a label count.
+    """
+    if losses.uneven(len(tasks)):
+        raise ValueError(
+            f"Expected every task, without label counts, in each micro-batch of "
+            f"{type(balancer).__name__}(batches={balancer.batches}) but found "
+            f"{[tasks[t] for t in losses.tasks]}. Let the loader bring every task, or use a "
+            f"balancer of one batch, SDMGrad(batches=1) say."
+        )
+
+
 def read_losses(
     losses: Any,
     declared: Sequence[str],
     active: Sequence[str],
     *,
-    positive_for: str | None,
+    limit: Limit | None,
     on_bad_loss: OnBadLoss,
     step: int,
     ranks: OneProcess,
@@ -139,7 +155,7 @@ def read_losses(
             absent task.
         declared: names of all tasks.
         active: names of the tasks that train.
-        positive_for: name of the balancer that needs positive losses, if there is one.
+        limit: what a balancer asks of losses, if one does.
         on_bad_loss: what a loss that cannot be used leads to.
         step: the optimiser step, for messages.
         ranks: the processes of the run, which agree on every loss.
@@ -161,7 +177,7 @@ def read_losses(
     if late or (on_bad_loss == "ignore" and ranks.alone):
         return read
     values = _to_host(read.values)
-    bad = {t for t, v in zip(read.tasks, values, strict=True) if not usable(v, bool(positive_for))}
+    bad = {t for t, v in zip(read.tasks, values, strict=True) if not usable(v, limit)}
     bad = set() if on_bad_loss == "ignore" else bad
     if not ranks.alone:
         bad = _agree(read, values, bad, active, ranks, wrong)
@@ -171,7 +187,7 @@ def read_losses(
         pairs = zip(read.tasks, values, strict=True)
         found: dict[str, Any] = {active[t]: v for t, v in pairs if t in bad}
         found |= {active[t]: "bad on another rank" for t in bad if active[t] not in found}
-        _drop_bad(read, bad, found, positive_for, on_bad_loss, step)
+        _drop_bad(read, bad, found, limit, on_bad_loss, step)
     return read
 
 
@@ -269,12 +285,12 @@ def _drop_bad(
     read: TaskLosses,
     bad: set[int],
     found: dict[str, Any],
-    positive_for: str | None,
+    limit: Limit | None,
     on_bad_loss: OnBadLoss,
     step: int,
 ) -> None:
     if on_bad_loss == "raise":
-        raise bad_loss(found, positive_for, step)
+        raise bad_loss(found, limit, step)
     read.dropped = True
     if on_bad_loss == "skip_step":
         read.skip = True

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from lightning_mtl import inner
 from lightning_mtl.balancer import Columns, GradientBalancer
 from lightning_mtl.graph import reachable
 from lightning_mtl.heads import HeadGradients
 from lightning_mtl.jacobian import TaskGradients
 from lightning_mtl.layout import no_shared
+from lightning_mtl.storage import combined
 
 if TYPE_CHECKING:
     from lightning_mtl.losses import TaskLosses
@@ -84,16 +86,16 @@ class Probe:
         return partial if self.representation is None else self.gradients.ranks.sum_(partial)
 
     def gramian(self, rows: Tensor) -> Tensor:
-        """Inner products of the rows, complete over ranks, shape ``(T, T)``."""
-        return self.sum_shards(rows @ rows.T)
+        """Inner products of the rows, complete over ranks, shape ``(T, T)``, float64."""
+        return self.sum_shards(inner.gramian(rows))
 
     def along(self, rows: Tensor, direction: Tensor) -> Tensor:
         """Inner products of the rows with the direction, shape ``(T,)``."""
-        return self.sum_shards(rows @ direction)
+        return self.sum_shards(inner.along(rows, direction))
 
     def length(self, direction: Tensor) -> Tensor:
         """Norm of the direction."""
-        return self.sum_shards(direction @ direction).sqrt()
+        return self.sum_shards(inner.gramian(direction[None])[0, 0]).sqrt()
 
     @property
     def shards(self) -> None:
@@ -102,8 +104,7 @@ class Probe:
 
     def norms(self, rows: Tensor) -> Tensor:
         """Norms of rows, complete over ranks."""
-        squares = torch.linalg.vector_norm(rows, dim=1).double().square()
-        return self.sum_shards(squares).sqrt().to(rows.dtype)
+        return self.sum_shards(inner.norms(rows).square()).sqrt()
 
     def drop(self, task: int) -> None:
         """Forget what task ``task`` contributed."""
@@ -125,8 +126,8 @@ class Probe:
 
     def combine(self, weights: Tensor) -> Tensor:
         """The direction at the tensors, ``weights @ rows``."""
-        self.weights = weights
-        return weights.to(self.rows) @ self.rows
+        self.weights = weights.to(self.rows.dtype)
+        return combined(self.rows, weights)
 
     def write_shared(self, direction: Tensor, *, every_column: bool) -> None:
         """One trunk backward pass of the combined gradient, into ``.grad``."""

@@ -12,6 +12,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from lightning_mtl import inner
 from lightning_mtl.again import Reached, Seen, replayed
 from lightning_mtl.host import to_host
 from lightning_mtl.jacobian import TaskGradients
@@ -91,8 +92,9 @@ class Products(Probe):
         gradients.add_to_row(0, grads)
         direction = gradients.combined()
         change = self._change(shared, gradients.row_views(0))
-        product = self.sum_shards(self.rows @ change.flatten().to(self.rows))
-        found, length, *self._estimates = to_host(product, direction @ direction, *self._estimates)
+        product = self.sum_shards(inner.along(self.rows, change.flatten()))
+        length = inner.gramian(direction[None])
+        found, length, *self._estimates = to_host(product, length, *self._estimates)
         self._check(float(weights.to(found) @ found), float(length))
         return found.to(weights), [e.to(weights) for e in self._estimates]
 
@@ -105,7 +107,7 @@ class Products(Probe):
         if not ranks.alone:
             ends = ranks.max_(torch.tensor([width, -width], device=z.device))
             if ends.sum() != 0:  # padded to different lengths, say
-                return self.rows.new_zeros(len(self.rows), len(self.rows))
+                return self.rows.new_zeros(len(self.rows), len(self.rows), dtype=torch.float64)
         # One step of subspace iteration, from cosines: no random numbers, the same on every rank.
         number = min(_COMPONENTS, width, len(samples) if ranks.alone else width)
         steps = torch.arange(number, device=z.device, dtype=samples.dtype)
@@ -115,7 +117,7 @@ class Products(Probe):
         basis = torch.linalg.qr(ranks.sum_(samples.T @ (samples @ start)))[0]
         rows = self.rows.view(len(self.rows), *samples.shape)
         sums = ranks.sum_((samples @ basis).T @ rows)  # (T, components, width)
-        return sums.flatten(1) @ sums.flatten(1).T
+        return inner.gramian(sums.flatten(1))
 
     def _change(self, shared: Sequence[nn.Parameter], tangents: Sequence[Tensor]) -> Tensor:
         """The derivative of the representation along ``tangents``, in forward mode."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
-from torch import Tensor, device, float64
+from torch import Tensor, device, dtype, finfo, float32, float64
 
 Array = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
@@ -20,6 +20,19 @@ def to_numpy(tensor: Tensor) -> Array:
     """A small tensor of any float dtype and device as a float64 array."""
     array: Array = tensor.detach().to(_CPU, float64).numpy()
     return array
+
+
+def resolution(kind: dtype) -> float:
+    """Relative rounding error of the entries of a Gramian, for what is to count as zero.
+
+    One in float64 comes from rows that are known to a few units of float32's rounding, as the
+    gradients of a network are: within that, rows that point the same way cannot be told apart. One
+    in a coarser dtype has been rounded itself.
+
+    Args:
+        kind: dtype of the Gramian.
+    """
+    return (4.0 * finfo(float32).eps) ** 2 if kind == float64 else float(finfo(kind).eps)
 
 
 def gramian_array(gramian: Tensor) -> Array:
@@ -140,6 +153,7 @@ def project_on_simplex(point: Array) -> Array:
     Args:
         point: finite, shape ``(T,)``.
     """
+    point = point - point.max()  # which changes nothing, and 1 is not lost in large numbers
     descending = np.sort(point)[::-1]
     level = (np.cumsum(descending) - 1.0) / np.arange(1, len(point) + 1)
     return np.asarray(np.maximum(point - level[(descending > level).nonzero()[0][-1]], 0.0))

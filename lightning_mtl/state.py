@@ -263,6 +263,11 @@ class Stateful(Callback):
             value = self.shards.whole(value)
         return _copy(value)
 
+    def not_finite(self) -> list[str]:
+        """Names of the states, nested balancers included, that hold a number that is not finite."""
+        own = [name for name in self._defaults if not _finite(getattr(self, name))]
+        return own + [found for b in self.nested().values() for found in b.not_finite()]
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what was saved; a changed hyperparameter is reported, its new value kept."""
         for name, now in self.hyperparameters().items():
@@ -279,6 +284,13 @@ class Stateful(Callback):
                 f"{type(self).__name__} expected the states {sorted(self._defaults)} but the "
                 f"checkpoint holds {sorted(state_dict['state'])}. It was written by another "
                 f"version: resume with that one."
+            )
+        spoilt = [n for n, v in state_dict["state"].items() if not _finite(v)]
+        if spoilt:
+            raise ValueError(
+                f"Expected finite numbers in the saved state of {type(self).__name__} but "
+                f"{spoilt} holds some that are not: every step from here on would too. Resume from "
+                f"an earlier checkpoint, or load the weights alone, with `load_from_checkpoint`."
             )
         for name, value in state_dict["state"].items():
             setattr(self, name, _copy(value))
@@ -297,6 +309,11 @@ def _plain(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
         return all(_plain(v) for v in value)
     return isinstance(value, (bool, int, float, str, type(None)))
+
+
+def _finite(value: Any) -> bool:
+    floats = isinstance(value, Tensor) and value.is_floating_point()
+    return not floats or bool(value.isfinite().all())
 
 
 def _copy(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Where the rows of J are kept, and arithmetic on them that needs no second copy."""
+"""Where the rows of J are kept, and their combination without a second copy."""
 
 from __future__ import annotations
 
@@ -32,31 +32,16 @@ def allocate(number: int, width: int, memory: Memory, like: Tensor, dtype: torch
     return torch.zeros(number, width, dtype=dtype, device=like.device)
 
 
-def gramian(rows: Tensor) -> Tensor:
-    """Inner products of rows, shape ``(T, T)``, in at least float32."""
-    if rows.dtype.itemsize >= 4:
-        return rows @ rows.T
-    sums = torch.zeros(len(rows), len(rows), device=rows.device)
-    for part, _ in _wide(rows):
-        sums.addmm_(part, part.T)
-    return sums
-
-
-def norms(rows: Tensor) -> Tensor:
-    """Euclidean norms of rows, shape ``(T,)``, in at least float32."""
-    found: Tensor
-    if rows.dtype.itemsize >= 4:
-        found = torch.linalg.vector_norm(rows, dim=1)
-        return found
-    # With a dtype, PyTorch's own norm makes a wider copy of all rows first.
-    parts = [torch.zeros(len(rows), device=rows.device)]
-    parts += [torch.linalg.vector_norm(part, dim=1) for part, _ in _wide(rows)]
-    found = torch.linalg.vector_norm(torch.stack(parts), dim=0)
-    return found
-
-
 def combine(rows: Tensor, weights: Tensor, out: Tensor) -> Tensor:
-    """``weights @ rows``, written to ``out``, shape ``(P,)``, which may be on another device."""
+    """``weights @ rows``, written to ``out``, shape ``(P,)``, which may be on another device.
+
+    Weights on the host may leave the range of ``out``: those of rows 1e38 apart in length do.
+    """
+    if weights.device.type == "cpu" and not _in_range(weights, out.dtype):
+        exact = weights.to(rows.device, torch.float64)
+        for part, columns in _wide(rows):
+            out[columns].copy_(torch.mv(part.double().T, exact))
+        return out
     if rows.dtype == out.dtype and rows.device == out.device:
         return torch.mv(rows.T, weights.to(out), out=out)
     for part, columns in _wide(rows):
@@ -64,15 +49,16 @@ def combine(rows: Tensor, weights: Tensor, out: Tensor) -> Tensor:
     return out
 
 
-def along(rows: Tensor, vector: Tensor) -> Tensor:
-    """``rows @ vector``, shape ``(T,)``, in at least float32."""
-    vector = vector.to(rows.device)
-    if rows.dtype == vector.dtype and rows.dtype.itemsize >= 4:
-        return rows @ vector
-    sums = torch.zeros(len(rows), device=rows.device)
-    for part, columns in _wide(rows):
-        sums.add_(part @ vector[columns].to(part))
-    return sums
+def combined(rows: Tensor, weights: Tensor) -> Tensor:
+    """``weights @ rows``, a new tensor of shape ``(P,)`` in the dtype of the rows."""
+    return combine(rows, weights, torch.empty_like(rows[0]))
+
+
+def _in_range(weights: Tensor, dtype: torch.dtype) -> bool:
+    """Whether weights are zero or well inside the range of ``dtype``."""
+    limits = torch.finfo(dtype)
+    sizes = [abs(w) for w in weights.tolist() if w]
+    return not sizes or (max(sizes) < 0.1 * limits.max and min(sizes) > 10 * limits.tiny)
 
 
 def _wide(rows: Tensor) -> Iterator[tuple[Tensor, slice]]:

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Literal, get_args
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from lightning_mtl.arguments import PerTask, Scale, in_range, one_of, rescaled
@@ -18,6 +17,7 @@ from lightning_mtl.solvers import (
     gramian_array,
     min_norm_point,
     nnls,
+    resolution,
     shares,
     unit_gramian,
 )
@@ -65,7 +65,7 @@ def cagrad_weights(
     if not np.isfinite(matrix).all():
         return as_weights(np.full(len(matrix), np.nan), gramian)
     start = shares(preference, len(matrix))
-    rounding = 4 * torch.finfo(gramian.dtype).eps
+    rounding = 4 * resolution(gramian.dtype)
     factor = {0: 1.0, 1: 1.0 + c * c, 2: 1.0 + c}[rescale]
     return as_weights(_best_in_ball(matrix, start, c, rounding) / factor, gramian)
 

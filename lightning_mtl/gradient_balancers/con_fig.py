@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from typing import Literal, get_args
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from lightning_mtl.arguments import PerTask, Scale, one_of, rescaled
 from lightning_mtl.balancer import GradientBalancer, Level, as_weights
 from lightning_mtl.bisector import with_projections
-from lightning_mtl.solvers import Array, gramian_array, unit_gramian
+from lightning_mtl.solvers import Array, gramian_array, resolution, unit_gramian
 
 Length = Literal["projection", "minimum", "maximum", "harmonic", "arithmetic", "geometric"]
 
@@ -56,11 +55,11 @@ def config_weights(
     weights = np.zeros(size)
     if len(nonzero):
         cosines, norms, p = cosines[nonzero[:, None], nonzero], norms[nonzero], p[nonzero]
-        resolution = torch.finfo(gramian.dtype).eps
-        v = with_projections(cosines, p, resolution)
+        rounding = resolution(gramian.dtype)
+        v = with_projections(cosines, p, rounding)
         projections = cosines @ v
         square = v @ projections
-        if square > len(nonzero) * resolution * (p @ p):
+        if square > len(nonzero) * rounding * (p @ p):
             weights[nonzero] = (_lengths(norms, length) @ projections / square) * v / norms
     return as_weights(weights, gramian)
 

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_mtl import inner
 from lightning_mtl.arguments import Scale, in_range, one_of, rescaled, whole
 from lightning_mtl.balancer import GradientBalancer, as_weights, at_least_float32
 from lightning_mtl.solvers import Array, to_numpy
@@ -24,7 +25,8 @@ def excess_risks(jacobian: Tensor, squares: Tensor) -> Tensor:
             ``(T, P)``.
 
     Returns:
-        Shape ``(T,)``, at least float32. A column whose gradient has always been zero adds nothing.
+        Shape ``(T,)``, float64. A column whose gradient has always been zero adds nothing. NaN for
+        a task with a square beyond the range of its dtype.
 
     Example:
         >>> rows = torch.tensor([[3.0, 4.0], [0.0, 2.0]])
@@ -34,7 +36,9 @@ def excess_risks(jacobian: Tensor, squares: Tensor) -> Tensor:
     risks = []
     for row, square in zip(jacobian, squares, strict=True):
         wide = at_least_float32(row)
-        risks.append(torch.where(square == 0, 0.0, wide / square.sqrt()) @ wide)
+        relative = torch.where(square == 0, 0.0, wide / square.sqrt())
+        relative = torch.where(square.isinf(), torch.nan, relative)
+        risks.append(inner.along(relative[None], wide)[0])
     return torch.stack(risks)
 
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import get_args
 
-import torch
 from torch import Tensor
 
 from lightning_mtl.arguments import Scale, in_range, one_of, rescaled
 from lightning_mtl.balancer import GradientBalancer, Level, as_weights
 from lightning_mtl.newton import alpha_fair
-from lightning_mtl.solvers import gramian_array
+from lightning_mtl.solvers import gramian_array, resolution
 
 
 def fair_grad_weights(gramian: Tensor, alpha: float = 1.0) -> Tensor:
@@ -35,7 +34,7 @@ def fair_grad_weights(gramian: Tensor, alpha: float = 1.0) -> Tensor:
         tensor([1.0000, 0.2500])
     """
     matrix = gramian_array(gramian)
-    return as_weights(alpha_fair(matrix, alpha, None, torch.finfo(gramian.dtype).eps), gramian)
+    return as_weights(alpha_fair(matrix, alpha, None, resolution(gramian.dtype)), gramian)
 
 
 class FairGrad(GradientBalancer):

@@ -141,6 +141,7 @@ class GradNorm(GradientBalancer):
     ) -> None:
         super().__init__(gradients=gradients)
         self.alpha = in_range(self, "alpha", alpha)
+        self.requires_nonnegative_losses = alpha > 0  # ratios of losses, to the power of alpha
         self.lr = in_range(self, "lr", lr, open_low=True)
         self.optimizer: Optimizer = one_of(self, "optimizer", optimizer, get_args(Optimizer))
         self.weight_heads = weight_heads

@@ -10,10 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_mtl import inner
 from lightning_mtl.arguments import Scale, in_range, one_of, rescaled
 from lightning_mtl.balancer import GradientBalancer, Level, as_weights, at_least_float32
 from lightning_mtl.gradient_balancers._orders import Order, draw_orders, orders_array
 from lightning_mtl.solvers import gramian_array, to_numpy, unit_gramian
+from lightning_mtl.storage import combined
 
 Groups = Literal["model", "layer", "tensor"]
 
@@ -211,10 +213,10 @@ class GradVac(GradientBalancer):
         number = {name: k for k, name in enumerate(dict.fromkeys(names))}
         group = torch.tensor([number[name] for name in names], device=wide.device)
         parts = wide.split(sizes, dim=1)
-        gramians = self.sum_shards(torch.stack([part @ part.T for part in parts]))
+        gramians = self.sum_shards(torch.stack([inner.gramian(part) for part in parts]))
         summed = gramians.new_zeros(len(number), *gramians.shape[1:]).index_add_(0, group, gramians)
         weights = rescaled(self._weights(summed).T, self.scale, "sum")[:, group]
-        found = [part.T @ weights[:, k] for k, part in enumerate(parts)]
+        found = [combined(part, weights[:, k]) for k, part in enumerate(parts)]
         return torch.cat(found).to(jacobian.dtype)
 
     def _weights(self, gramians: Tensor) -> Tensor:

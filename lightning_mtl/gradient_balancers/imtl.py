@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import get_args
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from lightning_mtl.adam import adam_step
@@ -18,7 +17,7 @@ from lightning_mtl.balancer import (
     at_least_float32,
 )
 from lightning_mtl.bisector import equal_projections
-from lightning_mtl.solvers import gramian_array, to_numpy
+from lightning_mtl.solvers import gramian_array, resolution, to_numpy
 
 _FARTHEST = 70.0  # the logarithm of about 1e30: weights stay float32 numbers
 _STEEPEST = 1e15  # its square is a float32 number
@@ -46,8 +45,8 @@ def imtl_weights(gramian: Tensor, log_scales: Tensor) -> Tensor:
         tensor([0.7500, 0.2500])
     """
     matrix, scales = gramian_array(gramian), np.exp(to_numpy(log_scales))
-    resolution = torch.finfo(gramian.dtype).eps
-    shares = equal_projections(matrix * scales * scales[:, None], resolution)
+    scaled = matrix * scales * scales[:, None]
+    shares = equal_projections(scaled, resolution(gramian.dtype))
     return as_weights(shares * scales, gramian)
 
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import get_args
 
-import torch
 from torch import Tensor
 
 from lightning_mtl.arguments import Scale, one_of, rescaled
 from lightning_mtl.balancer import GradientBalancer, Level, as_weights
 from lightning_mtl.bisector import equal_projections
-from lightning_mtl.solvers import gramian_array
+from lightning_mtl.solvers import gramian_array, resolution
 
 
 def imtlg_weights(gramian: Tensor) -> Tensor:
@@ -36,7 +35,7 @@ def imtlg_weights(gramian: Tensor) -> Tensor:
         tensor([0.7500, 0.2500])
     """
     matrix = gramian_array(gramian)
-    return as_weights(equal_projections(matrix, torch.finfo(gramian.dtype).eps), gramian)
+    return as_weights(equal_projections(matrix, resolution(gramian.dtype)), gramian)
 
 
 class IMTLG(GradientBalancer):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_mtl.arguments import in_range, one_of
 from lightning_mtl.balancer import GradientBalancer, at_least_float32
+from lightning_mtl.storage import combined
 
 Strategy = Literal["both", "shrink", "enlarge"]
 
@@ -158,7 +159,7 @@ class MetaBalance(GradientBalancer):
             return wide.sum(0).to(jacobian.dtype)
         reference = self.reference.to(means)
         factors = meta_balance_factors(means, reference, self.relax, self.strategy)
-        found = [factors[:, k] @ part for k, part in enumerate(parts)]
+        found = [combined(part, factors[:, k]) for k, part in enumerate(parts)]
         return torch.cat(found).to(jacobian.dtype)
 
     def _target_row(self, size: int) -> int | None:

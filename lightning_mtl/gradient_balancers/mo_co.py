@@ -8,9 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_mtl import inner
 from lightning_mtl.arguments import Scale, in_range, one_of, rescaled
 from lightning_mtl.balancer import GradientBalancer, as_weights, at_least_float32
 from lightning_mtl.solvers import Array, gramian_array, to_numpy
+from lightning_mtl.storage import combined
 
 Projection = Literal["simplex", "softmax"]
 
@@ -149,7 +151,7 @@ class MoCo(GradientBalancer):
         factors = torch.ones_like(like)
         if self.normalize:
             norms = self.row_norms(jacobian)
-            factors = torch.where(norms == 0, 0.0, losses.to(like) / norms)[:, None]
+            factors = torch.where(norms == 0, 0.0, losses.to(norms) / norms)[:, None].to(like)
         for row, gradient, factor in zip(average, jacobian, factors, strict=True):
             row.lerp_(gradient.to(row.dtype) * factor, self.beta / k**self.beta_sigma)
 
@@ -158,14 +160,14 @@ class MoCo(GradientBalancer):
         start, mass = _start(to_numpy(weight), to_numpy(seen))
         found = moco_weights(
             as_weights(start, like),
-            self.sum_shards(average @ average.T),
+            self.sum_shards(inner.gramian(average)),
             self.gamma / k**self.gamma_sigma,
             self.rho,
             self.projection,
         )
         weight.copy_(found * mass)
         seen.fill_(1.0)
-        return (rescaled(found, self.scale, "mean") @ average).to(jacobian.dtype)
+        return combined(average, rescaled(found, self.scale, "mean")).to(jacobian.dtype)
 
 
 def _start(weight: Array, seen: Array) -> tuple[Array, float]:

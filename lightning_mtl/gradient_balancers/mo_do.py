@@ -7,9 +7,11 @@ from typing import get_args
 import numpy as np
 from torch import Tensor
 
+from lightning_mtl import inner
 from lightning_mtl.arguments import Scale, in_range, one_of, rescaled
 from lightning_mtl.balancer import GradientBalancer, as_weights, at_least_float32
 from lightning_mtl.solvers import gramian_array, project_on_simplex, to_numpy
+from lightning_mtl.storage import combined
 
 
 def mo_do_weights(cross: Tensor, weights: Tensor, gamma: float = 0.1, rho: float = 0.1) -> Tensor:
@@ -110,11 +112,11 @@ class MoDo(GradientBalancer):
         wide = at_least_float32(jacobian)
         samples = wide if wide.ndim == 3 else wide[None]
         size = samples.shape[1]
-        cross = self.sum_shards(samples[0] @ samples[min(1, len(samples) - 1)].T)
+        cross = self.sum_shards(inner.products(samples[0], samples[min(1, len(samples) - 1)]))
         offsets = self.per_task_state("offsets", cross.diagonal())
         kept = as_weights(project_on_simplex(1 / size + to_numpy(offsets)), cross)
         kept = mo_do_weights(cross, kept, self.gamma, self.rho)
         if kept.isfinite().all():
             offsets.copy_(kept - 1 / size)
         last = samples[2] if len(samples) > 2 else samples.mean(0)
-        return (rescaled(kept, self.scale, "mean") @ last).to(jacobian.dtype)
+        return combined(last, rescaled(kept, self.scale, "mean")).to(jacobian.dtype)

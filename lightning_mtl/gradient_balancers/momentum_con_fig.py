@@ -8,10 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_mtl import inner
 from lightning_mtl.arguments import in_range, whole
-from lightning_mtl.balancer import GradientBalancer, as_weights, at_least_float32
+from lightning_mtl.balancer import GradientBalancer, at_least_float32
 from lightning_mtl.bisector import with_projections
-from lightning_mtl.solvers import Array, to_numpy, unit_gramian
+from lightning_mtl.solvers import Array, resolution, to_numpy, unit_gramian
+from lightning_mtl.storage import combined
 
 
 def implied_gradient(smoothed: Tensor, before: Tensor, beta: float = 0.9) -> Tensor:
@@ -50,8 +52,10 @@ class MomentumConFIG(GradientBalancer):
 
     **Turns.** In a step it is the turn of the task, of those that are there, that has waited most
     steps in which it was there; tasks that have not had a turn go first, equals in the order of
-    the tasks. With all tasks in every step that is 1, 2, ..., T, 1, 2, ... A task that is away
-    keeps its momentum and its place in the queue. Until every task of the step has had a turn the
+    the tasks, and of two that had theirs in one step the first remains first. With all tasks in
+    every step that is 1, 2, ..., T, 1, 2, ..., however many turns a step has: of three tasks with
+    two turns (1, 2), (3, 1), (2, 3). A task that is away keeps its momentum and its place in the
+    queue. Until every task of the step has had a turn the
     direction is zero, so the shared parameters rest in the first :math:`T - 1` steps. Each task's
     own parameters get their plain gradients in every step.
 
@@ -99,7 +103,8 @@ class MomentumConFIG(GradientBalancer):
         self.eps = in_range(self, "eps", eps)
         self.rows_per_step = whole(self, "rows_per_step", rows_per_step)
         self.add_state("average", 0.0, per_task=True, columns=True)
-        self.add_state("turns", 0.0, per_task=True)  # how many it had, steps since the last
+        # How many it had; steps since the last, and by a fraction its place among those of a step.
+        self.add_state("turns", 0.0, per_task=True)
         self.add_state("second", None, columns=True)
         self.add_state("smoothed", None, columns=True)
         self.add_state("step", torch.zeros((), dtype=torch.int64))
@@ -113,12 +118,16 @@ class MomentumConFIG(GradientBalancer):
         Raises:
             ValueError: the state belongs to other tasks.
         """
+        return sorted(self._queue(present))
+
+    def _queue(self, present: int) -> list[int]:
+        """Rows of the tasks whose turn it is, in the order in which they have waited for it."""
         if self.turns is None:
             return list(range(min(self.rows_per_step, present)))
         if len(self.turns) != present:
             raise self._other_run("turns", (present, 2), self.turns)
         queue = sorted((had > 0, -waits, t) for t, (had, waits) in enumerate(self.turns.tolist()))
-        return sorted(t for _, _, t in queue[: self.rows_per_step])
+        return [t for _, _, t in queue[: self.rows_per_step]]
 
     def direction(self, jacobian: Tensor, losses: Tensor) -> Tensor:
         """Update the momenta of the tasks whose turn it is and combine all of them.
@@ -136,12 +145,12 @@ class MomentumConFIG(GradientBalancer):
         like = at_least_float32(jacobian[:, :1])
         average = self.per_task_state("average", like, jacobian.shape[1:])
         turns = self.per_task_state("turns", like, (2,))
-        chosen = self.wanted(len(jacobian))
+        chosen = self._queue(len(jacobian))
         turns[:, 1] += 1
-        for t in chosen:
+        for place, t in enumerate(chosen):
             average[t].mul_(self.beta1).add_(jacobian[t], alpha=1 - self.beta1)
             turns[t, 0] += 1
-            turns[t, 1] = 0
+            turns[t, 1] = 1 - (place + 1) / len(chosen)
         had = to_numpy(turns[:, 0])
         if not had.all():
             return torch.zeros_like(jacobian[0])
@@ -149,16 +158,19 @@ class MomentumConFIG(GradientBalancer):
         self.step += 1
         k = int(self.step)
         correction = 1 / (1 - self.beta1**had)
-        matrix = to_numpy(self.sum_shards(average @ average.T)) * np.outer(correction, correction)
-        weights = _conflict_free(matrix, torch.finfo(like.dtype).eps) * correction
-        combined = as_weights(weights, like) @ average
-        smoothed = combined * (1 - self.beta1**k)
+        gramian = self.sum_shards(inner.gramian(average))
+        matrix = to_numpy(gramian) * np.outer(correction, correction)
+        weights = _conflict_free(matrix, resolution(gramian.dtype)) * correction
+        common = combined(average, torch.from_numpy(weights))
+        smoothed = common * (1 - self.beta1**k)
         estimate = implied_gradient(smoothed, self._shared("smoothed", smoothed), self.beta1)
         second = self._shared("second", smoothed)
         self.second = second.mul_(self.beta2).addcmul_(estimate, estimate, value=1 - self.beta2)
         self.smoothed = smoothed
         length = (second / (1 - self.beta2**k)).sqrt_().add_(self.eps)
-        return torch.where(length == 0, 0.0, combined / length).to(jacobian.dtype)
+        # A square beyond the range of its dtype would make the step zero without a word.
+        length += length - length
+        return torch.where(length == 0, 0.0, common / length).to(jacobian.dtype)
 
     def _shared(self, name: str, like: Tensor) -> Tensor:
         state = self.column_state(name)

@@ -132,22 +132,29 @@ class MTAdam(GradientBalancer):
         sizes = [size] if self.columns is None else list(self.columns.sizes)
         first = self.per_task_state("first", like, (size,))
         second = self.per_task_state("second", like, (size,))
-        norms = self.per_task_state("norms", like, (len(sizes),))
         count = self.per_task_state("count", like)
 
         now = self.tensor_norms(jacobian)
+        norms = self.per_task_state("norms", now, (len(sizes),))
         norms.copy_(torch.where(count[:, None] == 0, now, norms.lerp(now, 1 - self.beta3)))
         count += 1
-        factors = mtadam_factors(norms, like.new_tensor(self._ranks.of(self.tasks, len(jacobian))))
+        factors = mtadam_factors(norms, now.new_tensor(self._ranks.of(self.tasks, len(jacobian))))
+        # In two numbers where one would leave the range of float32.
+        near = factors.clamp(1e-30, 1e30)
+        near, far = near.to(like), (factors / near).to(like)
 
         repeats = torch.tensor(sizes, device=like.device)
         total, largest = torch.zeros_like(first[0]), torch.zeros_like(first[0])
-        for t, k in enumerate(count.tolist()):
-            factor = factors[t].repeat_interleave(repeats, output_size=size)
-            row = jacobian[t].to(like.dtype) * factor
+        numbers = torch.stack([count.to(like), (far != 1).any(1).to(like)]).tolist()
+        for t, (k, beyond) in enumerate(zip(*numbers, strict=True)):
+            row = jacobian[t].to(like.dtype) * near[t].repeat_interleave(repeats, output_size=size)
+            if beyond:
+                row *= far[t].repeat_interleave(repeats, output_size=size)
             first[t].mul_(self.beta1).add_(row, alpha=1 - self.beta1)
             second[t].mul_(self.beta2).addcmul_(row, row, value=1 - self.beta2)
             total.add_(first[t], alpha=1 / (1 - self.beta1**k))
             torch.maximum(largest, second[t] / (1 - self.beta2**k), out=largest)
         length = largest.sqrt_().add_(self.eps)
+        # A square beyond the range of its dtype would make the step zero without a word.
+        length += length - length
         return torch.where(length == 0, 0.0, total / length).to(jacobian.dtype)

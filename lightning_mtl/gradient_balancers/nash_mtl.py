@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from typing import get_args
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from lightning_mtl.arguments import PerTask, Scale, in_range, one_of, rescaled, whole
 from lightning_mtl.balancer import GradientBalancer, Level, as_weights, at_least_float32
 from lightning_mtl.newton import alpha_fair
-from lightning_mtl.solvers import gramian_array, to_numpy
+from lightning_mtl.solvers import gramian_array, resolution, to_numpy
 
 
 def nash_mtl_weights(gramian: Tensor, preference: Sequence[float] | None = None) -> Tensor:
@@ -40,7 +39,7 @@ def nash_mtl_weights(gramian: Tensor, preference: Sequence[float] | None = None)
     """
     matrix = gramian_array(gramian)
     powers = None if preference is None else np.asarray(preference, dtype=np.float64)
-    return as_weights(alpha_fair(matrix, 1.0, powers, torch.finfo(gramian.dtype).eps), gramian)
+    return as_weights(alpha_fair(matrix, 1.0, powers, resolution(gramian.dtype)), gramian)
 
 
 class NashMTL(GradientBalancer):

@@ -8,6 +8,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from lightning_mtl import inner
 from lightning_mtl.arguments import in_range, one_of
 from lightning_mtl.balancer import GradientBalancer, LossBalancer, at_least_float32
 
@@ -48,7 +49,7 @@ def samo_perturbations(
     blocks = [rows.shape[1]] if sizes is None else list(sizes)
     mixed = rows.detach().clone()  # the one copy: J may be large
     for g, h in zip(centre.split(blocks), mixed.split(blocks, dim=1), strict=True):
-        _unit_(h).mul_(beta * g.norm()).add_(g, alpha=1 - beta)
+        _unit_(h).mul_(beta * inner.norms(g[None])).add_(g, alpha=1 - beta)
     return _unit_(mixed).mul_(rho).to(local.dtype)
 
 
@@ -208,5 +209,5 @@ class SAMO(GradientBalancer):
 
 def _unit_(vectors: Tensor) -> Tensor:
     """Vectors of length one in the last dimension, in place; zero vectors stay zero."""
-    norms = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
+    norms = inner.norms(torch.atleast_2d(vectors)).view(*vectors.shape[:-1], 1)
     return vectors.div_(torch.where(norms == 0, 1.0, norms))

@@ -8,6 +8,7 @@ from typing import get_args
 import numpy as np
 from torch import Tensor
 
+from lightning_mtl import inner
 from lightning_mtl.arguments import PerTask, Scale, in_range, one_of, rescaled, whole
 from lightning_mtl.balancer import GradientBalancer, Level, as_weights, at_least_float32
 from lightning_mtl.solvers import (
@@ -17,6 +18,7 @@ from lightning_mtl.solvers import (
     shares,
     to_numpy,
 )
+from lightning_mtl.storage import combined
 
 
 def sdmgrad_weights(
@@ -231,7 +233,7 @@ class SDMGrad(GradientBalancer):
         samples = wide if wide.ndim == 3 else wide[None]
         size = samples.shape[1]
         preference = self._per_task_preference.of(self.tasks, size)
-        cross = self.sum_shards(samples[0] @ samples[min(1, len(samples) - 1)].T)
+        cross = self.sum_shards(inner.products(samples[0], samples[min(1, len(samples) - 1)]))
         offsets = self.per_task_state("offsets", cross.diagonal())
         kept = as_weights(project_on_simplex(1 / size + to_numpy(offsets)), cross)
         kept = sdmgrad_step(cross, kept, self.lam, preference, self.step_size, self.inner_steps)
@@ -240,4 +242,4 @@ class SDMGrad(GradientBalancer):
         pull = as_weights(self.lam * shares(preference, size), cross)
         weights = rescaled((kept + pull) / (1 + self.lam), self.scale, "mean")
         last = samples[2] if len(samples) > 2 else samples.mean(0)
-        return (weights @ last).to(jacobian.dtype)
+        return combined(last, weights).to(jacobian.dtype)

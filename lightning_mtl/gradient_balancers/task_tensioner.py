@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_mtl.balancer import GradientBalancer, as_weights
-from lightning_mtl.solvers import Array, dual_cone_weights, gramian_array, to_numpy
+from lightning_mtl.solvers import Array, dual_cone_weights, gramian_array, resolution, to_numpy
 
 Feasibility = Literal["published", "exact", "none"]
 History = Literal["mean", "ema"]
@@ -60,7 +60,7 @@ def tension_weights(
     offsets = np.eye(len(matrix)) - base  # row m holds the weights of g_m - v
     squares = np.einsum("mi,ij,mj->m", offsets, matrix, offsets)
     norms = np.sqrt(np.maximum(matrix.diagonal(), 0.0))
-    rounding = len(matrix) * torch.finfo(gramian.dtype).eps * (np.abs(offsets) @ norms) ** 2
+    rounding = len(matrix) * resolution(gramian.dtype) * (np.abs(offsets) @ norms) ** 2
     defined = squares > rounding
     lengths = np.sqrt(np.where(defined, squares, 1.0))
     weights = base + np.where(defined, tension / lengths, 0.0) @ offsets  # eqs. 5 and 9

@@ -33,7 +33,8 @@ def gradient_cosines(gramian: Tensor) -> Tensor:
     """
     norms = gradient_norms(gramian)
     norms = norms.where((norms > 0) & norms.isfinite(), torch.nan)
-    return (gramian.to(norms.dtype) / torch.outer(norms, norms)).clamp(-1, 1)
+    # One after the other: their product may leave the range of the dtype.
+    return (gramian.to(norms.dtype) / norms[:, None] / norms).clamp(-1, 1)
 
 
 def conflict_rate(gramian: Tensor) -> Tensor:

@@ -70,7 +70,7 @@ class ShardedParameters(TaskGradients):
 
     def norms(self, rows: Tensor) -> Tensor:
         """Norms of rows, complete over all columns."""
-        return self.sum_shards(super().norms(rows).double().square()).sqrt().to(rows.dtype)
+        return self.sum_shards(super().norms(rows).square()).sqrt()
 
     def sum_shards(self, partial: Tensor) -> Tensor:
         """Sums over columns, completed over the processes that have the others."""

@@ -83,8 +83,7 @@ class ShardedGradients(TaskGradients):
 
     def norms(self, rows: Tensor) -> Tensor:
         """Norms of rows, complete over all columns."""
-        squares = super().norms(rows).double().square()
-        return self.ranks.sum_(squares).sqrt().to(rows.dtype)
+        return self.ranks.sum_(super().norms(rows).square()).sqrt()
 
     def combine(self, weights: Tensor) -> Tensor:
         """This process's part of the direction, shape ``(m,)``."""

@@ -1,0 +1,85 @@
+"""Inner products and norms of long rows: in float64, whatever the rows are kept in.
+
+A float32 sum over the columns of a wide Jacobian is wrong by 1e-5 at a million of them and by 1 %
+at a hundred million; two nearly parallel rows differ by less than its rounding; and squares of
+float32 numbers leave its range. A few columns at a time are made float64 here, which
+fits in a cache and costs about as much as one long float32 product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+_NUMBERS = 196_608  # at a time, on the CPU: 1.5 MB in float64
+_DEVICE_NUMBERS = 1 << 23  # on another device, where starting a kernel costs more than memory
+_COLUMNS = 4096  # a block of a batched product, so that a device works on many at once
+
+
+def products(first: Tensor, second: Tensor) -> Tensor:
+    r"""Inner products :math:`A B^\top` of the rows of two matrices, shape ``(T, S)``, float64.
+
+    Exact to the rounding of float64 for rows of any float dtype, without a copy of them.
+
+    Args:
+        first: :math:`A`, shape ``(T, P)``, any float dtype and device.
+        second: :math:`B`, shape ``(S, P)``; on another device it is moved, a part at a time.
+    """
+    sums: Tensor | None = None
+    for columns in _parts(first):
+        a = _wide(first, columns)
+        b = a if second is first else _wide(second, columns).to(a.device)
+        part = a @ b.T if a.device.type == "cpu" else in_blocks(a, b)
+        sums = part if sums is None else sums.add_(part)
+    if sums is None:
+        return first.new_zeros(len(first), len(second), dtype=torch.float64)
+    return sums
+
+
+def gramian(rows: Tensor) -> Tensor:
+    """Inner products of rows, shape ``(T, T)``, float64: see :func:`products`."""
+    return products(rows, rows)
+
+
+def along(rows: Tensor, vector: Tensor) -> Tensor:
+    """Inner products of rows with one vector, shape ``(T,)``, float64."""
+    return products(rows, vector[None])[:, 0]
+
+
+def norms(rows: Tensor) -> Tensor:
+    """Euclidean norms of rows, shape ``(T,)``, float64."""
+    found = [torch.linalg.vector_norm(_wide(rows, columns), dim=1) for columns in _parts(rows)]
+    total: Tensor = (
+        found[0] if len(found) == 1 else torch.linalg.vector_norm(torch.stack(found), dim=0)
+    )
+    return total
+
+
+def in_blocks(first: Tensor, second: Tensor) -> Tensor:
+    """``first @ second.T`` as a sum over blocks of columns, for which a device needs one kernel.
+
+    A product of a few long rows would otherwise be one small piece of work.
+    """
+    whole = first.shape[1] // _COLUMNS * _COLUMNS
+    if whole <= _COLUMNS:
+        return first @ second.T
+    a = first[:, :whole].unflatten(1, (-1, _COLUMNS)).transpose(0, 1)
+    b = second[:, :whole].unflatten(1, (-1, _COLUMNS)).permute(1, 2, 0)
+    return torch.bmm(a, b).sum(0) + first[:, whole:] @ second[:, whole:].T
+
+
+def _parts(rows: Tensor) -> Iterator[slice | None]:
+    """Columns that are taken together; ``None`` for all."""
+    numbers = _NUMBERS if rows.device.type == "cpu" else _DEVICE_NUMBERS
+    width, step = rows.shape[1], max(1, numbers // max(1, len(rows)))
+    if width <= step:
+        yield None
+        return
+    for start in range(0, width, step):
+        yield slice(start, start + step)
+
+
+def _wide(rows: Tensor, columns: slice | None) -> Tensor:
+    return (rows if columns is None else rows[:, columns]).to(torch.float64)
