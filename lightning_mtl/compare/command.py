@@ -32,7 +32,7 @@ from lightning_mtl.compare.table import (
     summarise,
     summary_csv,
 )
-from lightning_mtl.compare.texts import complain, one_line, say, visible
+from lightning_mtl.compare.texts import complain, error_text, one_line, say, visible
 from lightning_mtl.version import __version__
 
 _PLOT_EXTRA = RequirementCache("matplotlib")
@@ -107,7 +107,7 @@ def _main(options: argparse.Namespace, command: str) -> int:
     except Stopped as stop:
         deaf()
         complain(
-            f"stopped by {signal.Signals(stop.number).name}. Finished runs are kept in "
+            f"stopped by {signal.Signals(stop.number).name}. Runs that had finished are kept in "
             f"{options.out}: the same command goes on from there."
         )
         return 128 + stop.number
@@ -176,9 +176,11 @@ def _report(request: Request, results: Results, options: argparse.Namespace, com
     curves = results.curves(shown)
     summary = summarise(records, request.directions, kinds, curves, request.unmeasured)
     out = results.path.parent
-    notes = results.notes + _write(summary, out, request.texts, _facts(options, command))
-    say(f"\n{visible(console_table(summary))}\n\n" + visible("\n".join(answer(summary))))
-    for note in notes:
+    try:
+        results.notes += _write(summary, out, request.texts, _facts(options, command))
+    finally:  # where there is no room for the files, the console has the numbers at least
+        say(f"\n{visible(console_table(summary))}\n\n" + visible("\n".join(answer(summary))))
+    for note in results.notes:
         complain(f"note: {one_line(note)}")
     failed = any(row.errors for row in summary.rows)
     if failed:
@@ -190,17 +192,21 @@ def _write(
     summary: Summary, out: Path, texts: Mapping[str, str], facts: Sequence[tuple[str, str]]
 ) -> list[str]:
     """Write the files; what could not be drawn, in words."""
-    # Imported here since runs are forked from this process and do not need matplotlib.
-    from lightning_mtl.compare.plots import plots
     from lightning_mtl.compare.report import report_html
 
     write(out / "summary.csv", summary_csv(summary))
     if not summary.no_delta_p:
         write(out / "baseline.json", baseline_json(summary))
-    pictures, faults = plots(summary)
+    try:
+        # Imported here since runs are forked from this process and do not need matplotlib.
+        from lightning_mtl.compare.plots import plots
+
+        pictures, faults = plots(summary)
+    except Exception as error:  # of matplotlib's own: its cache, the user's settings
+        pictures, faults = {}, [f"Nothing could be drawn. {error_text(error)}"]
+    write(out / "report.html", report_html(summary, pictures, texts, facts, faults))
     for name, picture in pictures.items():
         write(out / name, picture)
-    write(out / "report.html", report_html(summary, pictures, texts, facts, faults))
     return faults
 
 
