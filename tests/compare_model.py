@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
+from pathlib import Path
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -97,3 +99,19 @@ class Picky(GradientBalancer):
         if rate <= 0:
             raise ValueError(f"Expected `rate` above 0 but found {rate}.")
         self.rate = rate
+
+
+class Stuck(GradientBalancer):
+    """Calls C code that never returns and never lets another thread run; writes down who it is."""
+
+    def weights(self, gramian: Tensor, losses: Tensor) -> Tensor:
+        Path("stuck.pid").write_text(str(os.getpid()))
+        ctypes.PyDLL(None).sleep(100_000)
+        raise AssertionError
+
+
+class Wordy(GradientBalancer):
+    """Fails with an error of a megabyte, in letters that break what reads lines or UTF-8."""
+
+    def weights(self, gramian: Tensor, losses: Tensor) -> Tensor:
+        raise ArithmeticError("head \ud800 \u2028 \x1b[2J \u202e <b>&" + "x" * 1_000_000 + "\ntail")

@@ -5,10 +5,8 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-import yaml  # type: ignore[import-untyped] # ships no types
 from jsonargparse import ArgumentParser
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import (
@@ -26,6 +24,7 @@ import lightning_mtl
 from lightning_mtl import Balancer, EqualWeighting, MultiTaskModule, Scalarization
 from lightning_mtl.cli import MultiTaskCLI
 from lightning_mtl.compare import CompareError
+from lightning_mtl.compare.texts import error_text, shortened
 
 # What a run leaves out: it writes no files of its own and prints no bars.
 _QUIET = {
@@ -86,13 +85,12 @@ class RunCLI(MultiTaskCLI):
         )
 
 
-def read_balancers(path: str) -> dict[str, list[dict[str, Any]]]:
-    """The file of balancers: ``{name: list of callbacks}``.
+def read_balancers(path: str, content: Any) -> dict[str, list[dict[str, Any]]]:
+    """The content of the file of balancers as ``{name: list of callbacks}``.
 
     Raises:
         CompareError: not such a mapping.
     """
-    content = read_yaml(path)
     example = "minnorm: [{class_path: MinNorm}]"
     expected = f"Expected {path} to map a name to its callbacks, such as `{example}`,"
     if not isinstance(content, dict) or not content:
@@ -106,20 +104,11 @@ def read_balancers(path: str) -> dict[str, list[dict[str, Any]]]:
         for callback in callbacks:
             if not isinstance(callback, dict) or "class_path" not in callback:
                 raise CompareError(
-                    f"{expected} but `{name}` holds {callback!r}. Give it a `class_path`."
+                    f"{expected} but `{name}` holds {shortened(repr(callback), 300)}. Give it a "
+                    f"`class_path`."
                 )
         methods[str(name)] = callbacks
     return methods
-
-
-def read_yaml(path: str) -> Any:
-    """A YAML file, or an error that says what is wrong with it."""
-    if not Path(path).is_file():
-        raise CompareError(f"Expected a YAML file at {path} but found none. Check the path.")
-    try:
-        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise CompareError(f"Expected {path} to be YAML but could not read it: {error}") from error
 
 
 def callbacks_from(name: str, specs: Sequence[Mapping[str, Any]]) -> list[Callback]:
@@ -137,20 +126,20 @@ def callbacks_from(name: str, specs: Sequence[Mapping[str, Any]]) -> list[Callba
             # the newer name came with jsonargparse 4.49
             instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes
             found.append(instantiate(config).callback)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise CompareError(
                 f"Expected balancer `{name}` to be a callback that can be built, but found "
-                f"{dict(spec)!r}: {_reason(spec['class_path'], error)}"
+                f"{shortened(repr(dict(spec)), 300)}: {_reason(str(spec['class_path']), error)}"
             ) from error
     return found
 
 
-def _reason(class_path: str, error: Exception) -> str:
+def _reason(class_path: str, error: BaseException) -> str:
     known = [n for n in lightning_mtl.__all__ if _is_balancer(getattr(lightning_mtl, n))]
     near = difflib.get_close_matches(class_path, known, 1)
     exists = class_path in known or "." in class_path
     if exists:
-        return f"{type(error).__name__}: {error}"
+        return error_text(error)
     hint = f"Did you mean `{near[0]}`? " if near else ""
     return (
         f"there is no class `{class_path}`. {hint}Give one of {', '.join(known)}, or the full "
@@ -180,10 +169,10 @@ def build(config: str, **kwargs: Any) -> RunCLI:
     """
     try:
         cli = RunCLI(config, 0, **kwargs)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise CompareError(
             f"Expected {config} to be a config that `lightning-mtl fit` takes, with `model`, "
-            f"`data` and `trainer`, but building it failed. {type(error).__name__}: {error}"
+            f"`data` and `trainer`, but building it failed. {error_text(error)}"
         ) from error
     trainer: Any = cli.trainer
     model = cli.model

@@ -1,21 +1,17 @@
-"""The grid of runs, and the folder that remembers which of them are finished."""
+"""The grid of runs, and what each of them is called."""
 
 from __future__ import annotations
 
 import hashlib
-import inspect
-import json
-import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from lightning_mtl.compare import CompareError
-
 SINGLE = "single-task"
-FORMAT = 1
+_LONGEST = 80  # of a file name 255 bytes are allowed, 143 where names are encrypted
+_RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\.|$)", re.IGNORECASE)  # on Windows
 
 
 @dataclass(frozen=True)
@@ -28,177 +24,72 @@ class Run:
         method: the name in the file of balancers, or ``single-task``.
         seed: seeds weights, data order and everything else.
         task: the one task of a single-task run.
+        name: unique in a comparison, also where case makes no difference, and a file name
+            everywhere. Two runs are the same by what they do, whatever they are called.
     """
 
     kind: str
     method: str
     seed: int
     task: str | None = None
-
-    @property
-    def name(self) -> str:
-        """Unique in a comparison, and usable as a file name."""
-        parts = [
-            self.method,
-            self.task or "",
-            f"seed{self.seed}",
-            "" if self.kind == "train" else self.kind,
-        ]
-        return "-".join(file_name(part) for part in parts if part)
+    name: str = field(default="", compare=False)
 
     @property
     def label(self) -> str:
         """How progress and errors name the run."""
-        task = f" {self.task}" if self.task else ""
+        task = f" {self.task}" if self.task is not None else ""
         what = f"seed {self.seed}" if self.kind == "train" else self.kind
         return f"{self.method}{task}, {what}"
 
-
-def file_name(text: str) -> str:
-    """``text`` with only characters that every file system takes."""
-    return re.sub(r"[^A-Za-z0-9_.+-]+", "_", text)
+    def record(self) -> dict[str, Any]:
+        """The start of its record."""
+        about = {"run": self.name, "kind": self.kind, "method": self.method, "seed": self.seed}
+        return about if self.task is None else {**about, "task": self.task}
 
 
 def plan(tasks: Sequence[str], methods: Sequence[str], equal: str, seeds: int) -> list[Run]:
     """All runs in the order they start: baselines, balancers, one for curves, then timings.
 
     Args:
-        tasks: the model's tasks.
+        tasks: the model's tasks that have a metric.
         methods: names of the balancers.
         equal: which of them is equal weighting.
         seeds: how many seeds, from 0.
     """
-    runs = [Run("train", SINGLE, seed, task) for seed in range(seeds) for task in tasks]
-    runs += [Run("train", method, seed) for seed in range(seeds) for method in methods]
-    runs += [Run("curves", equal, 0)] if equal in methods else []
-    return runs + [Run("timing", method, 0) for method in methods]
+    names = file_names([(SINGLE, task) for task in tasks] + [(method,) for method in methods])
+
+    def run(kind: str, seed: int, method: str, task: str | None = None) -> Run:
+        stem = names[(method,) if task is None else (method, task)]
+        end = "" if kind == "train" else f"-{kind}"
+        return Run(kind, method, seed, task, f"{stem}-seed{seed}{end}")
+
+    runs = [run("train", seed, SINGLE, task) for seed in range(seeds) for task in tasks]
+    runs += [run("train", seed, method) for seed in range(seeds) for method in methods]
+    runs += [run("curves", 0, equal)] if equal in methods else []
+    return runs + [run("timing", 0, method) for method in methods]
 
 
-class Results:
-    """``results.jsonl``: a line a finished run, complete or not there at all.
+def file_names(subjects: Sequence[tuple[str, ...]]) -> dict[tuple[str, ...], str]:
+    """A name for each subject that every file system takes and tells from the others.
 
-    A line cut short by a kill is dropped, and so are failed runs: both are run again.
+    It is the subject's own words, other characters than letters and digits replaced, as long as
+    that is short and nobody else's; else its beginning and a hash of the whole.
     """
-
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / "results.jsonl"
-        self.records: dict[str, dict[str, Any]] = {}
-        text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
-        for line in text.splitlines(keepends=True):
-            if line.endswith("\n"):
-                record = json.loads(line)
-                if record["status"] == "finished":
-                    self.records[record["run"]] = record
-        kept = "".join(_line(record) for record in self.records.values())
-        if kept != text:
-            write(self.path, kept)
-
-    def append(self, record: dict[str, Any]) -> None:
-        """Add a run: one write, on the disk when this returns. Curves get their own file."""
-        if "curves" in record:
-            points = record.pop("curves")
-            write(self._curves(record["run"]), "".join(_line(point) for point in points))
-        self.records[record["run"]] = record
-        handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        try:
-            os.write(handle, _line(record).encode())
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-    def of(self, runs: Iterable[Run]) -> list[dict[str, Any]]:
-        """The records of ``runs``, in their order."""
-        return [self.records[run.name] for run in runs if run.name in self.records]
-
-    def curves(self, runs: Iterable[Run]) -> dict[str, list[dict[str, Any]]]:
-        """Recorded task gradients of finished ``runs``, by method."""
-        found: dict[str, list[dict[str, Any]]] = {}
-        for run in runs:
-            path = self._curves(run.name)
-            if run.name in self.records and path.exists():
-                lines = path.read_text(encoding="utf-8").splitlines()
-                found[run.method] = [json.loads(line) for line in lines]
-        return {method: points for method, points in found.items() if points}
-
-    def _curves(self, run: str) -> Path:
-        return self.path.with_name("curves") / f"{run}.jsonl"
+    plain = {subject: "-".join(map(_plain, subject)) for subject in subjects}
+    times = Counter(name.casefold() for name in plain.values())
+    taken = set(times)
+    names = {}
+    for subject, name in plain.items():
+        if times[name.casefold()] > 1 or len(name) > _LONGEST:
+            digest = hashlib.sha256(repr(subject).encode()).hexdigest()[:12]
+            name = f"{name[:_LONGEST]}-{digest}"
+            while name.casefold() in taken:  # somebody chose just this name
+                name += "_"
+            taken.add(name.casefold())
+        names[subject] = name
+    return names
 
 
-def _line(record: dict[str, Any]) -> str:
-    return json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def write(path: Path, content: str | bytes) -> None:
-    """Replace a file in one step, so that a kill leaves the old one or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-    temporary.replace(path)
-
-
-def source_hash(cls: type) -> str:
-    """Hash of the file that defines a class: results of older code must not mix with new ones."""
-    try:
-        return file_hash(inspect.getfile(cls))
-    except TypeError:
-        return "unknown"
-
-
-def file_hash(path: str) -> str:
-    """Hash of a file's content, ``"unknown"`` where it cannot be read."""
-    try:
-        return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
-    except OSError:
-        return "unknown"
-
-
-def claim(folder: Path, comparison: dict[str, Any]) -> None:
-    """Take a new folder for this comparison, or check that it already belongs to it.
-
-    Args:
-        folder: the output folder.
-        comparison: what identifies it: all but the number of seeds, of workers, and ``--only``.
-
-    Raises:
-        CompareError: the folder holds another comparison, or files that are none.
-    """
-    path = folder / "comparison.json"
-    comparison = json.loads(json.dumps({"format": FORMAT, **comparison}, default=str))
-    cure = f"Give this comparison another folder with --out, or remove {folder} first."
-    if not path.exists():
-        if (folder / "results.jsonl").exists():
-            raise CompareError(f"Expected {path} beside results.jsonl but found none. {cure}")
-        write(path, json.dumps(comparison, indent=1, ensure_ascii=False) + "\n")
-        return
-    before = flatten(json.loads(path.read_text(encoding="utf-8")))
-    now = flatten(comparison)
-    differences = [
-        f"  {key}: {_show(before, key)} in the folder, {_show(now, key)} now"
-        for key in sorted({*before, *now})
-        if before.get(key, ...) != now.get(key, ...)
-    ]
-    if differences:
-        shown = differences[:10] + [f"  and {len(differences) - 10} more"] * (len(differences) > 10)
-        raise CompareError(
-            f"Expected {folder} to be empty or to hold this comparison, but it holds another one:\n"
-            + "\n".join(shown)
-            + f"\n{cure}"
-        )
-
-
-def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested dicts and lists as ``{"a.b.0": leaf}``."""
-    if isinstance(value, Mapping) and value:
-        items: Iterable[tuple[Any, Any]] = value.items()
-    elif isinstance(value, list) and value:
-        items = enumerate(value)
-    else:
-        return {prefix: value}
-    found: dict[str, Any] = {}
-    for key, inner in items:
-        found.update(flatten(inner, f"{prefix}.{key}" if prefix else str(key)))
-    return found
-
-
-def _show(flat: Mapping[str, Any], key: str) -> str:
-    return repr(flat[key]) if key in flat else "nothing"
+def _plain(text: str) -> str:
+    name = re.sub(r"[^A-Za-z0-9_.+-]+", "_", text)
+    return f"_{name}" if _RESERVED.match(name) else name

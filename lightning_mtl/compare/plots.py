@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -12,8 +13,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from lightning_mtl.compare.table import Spread, Summary
+from lightning_mtl.compare.texts import error_text, name
 
 _STYLE: Any = {
+    "text.usetex": False,  # whatever the user's own settings are: names are no formulas
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
@@ -23,9 +26,10 @@ _STYLE: Any = {
 }
 
 
-def plots(summary: Summary) -> dict[str, bytes]:
-    """Every picture that the results allow, as ``{file name: PNG}``."""
+def plots(summary: Summary) -> tuple[dict[str, bytes], list[str]]:
+    """Every picture that the results allow, as ``{file name: PNG}``; what could not be drawn."""
     made: dict[str, bytes] = {}
+    faults: list[str] = []
     drawings: dict[str, Callable[[Summary], Figure | None]] = {
         "delta_p.png": draw_delta_p,
         "runs.png": draw_runs,
@@ -34,14 +38,24 @@ def plots(summary: Summary) -> dict[str, bytes]:
         ),
         "gradient_norms.png": lambda s: _draw_curves(s, "norms", "norm of task gradients"),
     }
-    with matplotlib.rc_context(_STYLE):
-        for name, draw in drawings.items():
-            figure = draw(summary)
-            if figure is not None:
-                buffer = io.BytesIO()
-                figure.savefig(buffer, format="png", dpi=110)
-                made[name] = buffer.getvalue()
-    return made
+    with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # letters that the font does not have
+        for file, draw in drawings.items():
+            try:
+                figure = draw(summary)
+                if figure is not None:
+                    buffer = io.BytesIO()
+                    figure.savefig(buffer, format="png", dpi=110)
+                    made[file] = buffer.getvalue()
+            except Exception as error:  # a picture must not cost the report of a week's runs
+                faults.append(f"{file} could not be drawn. {error_text(error)}")
+    return made, faults
+
+
+def _label(text: str) -> str:
+    """A name as matplotlib shows it: no formula between `$`, no hidden entry of a legend."""
+    label = name(text, 40).replace("$", r"\$")
+    return f" {label}" if label.startswith("_") else label
 
 
 def _figure(
@@ -85,11 +99,11 @@ def draw_delta_p(summary: Summary) -> Figure | None:
                 )
                 _value_label(axis, height, spread)
         axis.axvline(0, color="black", linewidth=1)
-        axis.set_title(title)
+        axis.set_title(_label(title))
         axis.set_xlabel("Δp (%), higher is better")
         axis.margins(x=0.22)
         axis.grid(axis="y", visible=False)
-    axes[0].set_yticks(range(len(rows)), [row.method for row in rows])
+    axes[0].set_yticks(range(len(rows)), [_label(row.method) for row in rows])
     axes[0].invert_yaxis()
     for axis in axes[len(panels) :]:
         axis.remove()
@@ -129,7 +143,7 @@ def draw_runs(summary: Summary) -> Figure | None:
             axis.scatter(
                 *zip(*points, strict=True),
                 color=colours[row.method],
-                label=row.method,
+                label=_label(row.method),
                 marker=marker,
                 s=36,
             )
@@ -142,8 +156,8 @@ def draw_runs(summary: Summary) -> Figure | None:
         "better →" if summary.directions[t][m] else "← better"
         for t, m in zip(tasks, metrics, strict=True)
     ]
-    axis.set_xlabel(f"{tasks[0]}: {metrics[0]}   ({arrows[0]})")
-    axis.set_ylabel(f"{tasks[1]}: {metrics[1]}   ({arrows[1]})")
+    axis.set_xlabel(f"{_label(f'{tasks[0]}: {metrics[0]}')}   ({arrows[0]})")
+    axis.set_ylabel(f"{_label(f'{tasks[1]}: {metrics[1]}')}   ({arrows[1]})")
     axis.set_title("Every run; dashed: single-task averages")
     if drawn:
         axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
@@ -160,11 +174,11 @@ def _draw_curves(summary: Summary, what: str, label: str) -> Figure | None:
         1 + 3.4 * columns, 0.9 + 2.4 * lines, lines, columns, sharex=True, sharey=True
     )
     for axis, (method, points) in zip(axes, summary.curves.items(), strict=False):
-        names = list(dict.fromkeys(name for point in points for name in point[what]))
-        if len(names) <= 6:
-            for name in names:
-                seen = [(p["step"], p[what][name]) for p in points if name in p[what]]
-                axis.plot(*zip(*seen, strict=True), label=name, linewidth=1.2)
+        tasks = list(dict.fromkeys(task for point in points for task in point[what]))
+        if len(tasks) <= 6:
+            for task in tasks:
+                seen = [(p["step"], p[what][task]) for p in points if task in p[what]]
+                axis.plot(*zip(*seen, strict=True), label=_label(task), linewidth=1.2)
         else:
             some = [point for point in points if point[what]]
             steps = [point["step"] for point in some]
@@ -173,7 +187,7 @@ def _draw_curves(summary: Summary, what: str, label: str) -> Figure | None:
                 steps, [min(v) for v in values], [max(v) for v in values], alpha=0.25, label="range"
             )
             axis.plot(steps, [sum(v) / len(v) for v in values], label="mean")
-        axis.set_title(method)
+        axis.set_title(_label(method))
         if what == "cosines":
             axis.axhline(0, color="black", linewidth=1)
             axis.set_ylim(-1.05, 1.05)

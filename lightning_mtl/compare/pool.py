@@ -13,7 +13,10 @@ from typing import Any
 import torch
 
 from lightning_mtl.compare.grid import Run
+from lightning_mtl.compare.stopping import undisturbed
 from lightning_mtl.compare.worker import Job, work
+
+_PATIENCE = 30  # seconds for a worker to end once it has sent its record
 
 
 def start_method() -> str:
@@ -41,24 +44,34 @@ def execute(
                 run = waiting.popleft()
                 receiver, sender = context.Pipe(duplex=False)
                 process = context.Process(target=work, args=(run, job, sender))
-                process.start()
+                with undisturbed():  # no process that nobody knows of
+                    process.start()
+                    active[receiver] = (run, process)
                 sender.close()
-                active[receiver] = (run, process)
             ready: Any = wait(list(active))
             for receiver in ready:
                 run, process = active[receiver]
                 try:
                     record = receiver.recv()
-                    process.join()
-                except EOFError:
+                except (EOFError, OSError):  # nothing, or the half of a record
                     process.join()
                     record = _died(run, process.exitcode)
-                del active[receiver]
                 finished(run, record)
+                _end(process, _PATIENCE)  # a thread of the user's may keep it from ending
+                del active[receiver]
+                receiver.close()
     finally:
-        for _, process in active.values():
-            process.kill()
-            process.join()
+        with undisturbed():
+            for _, process in active.values():
+                _end(process, 0)
+
+
+def _end(process: Any, patience: float) -> None:
+    if patience:
+        process.join(patience)
+    if process.is_alive():
+        process.kill()
+    process.join()
 
 
 def _died(run: Run, exitcode: int) -> dict[str, Any]:
@@ -71,15 +84,4 @@ def _died(run: Run, exitcode: int) -> dict[str, Any]:
         )
     else:
         how = f"exit status {exitcode}"
-    record = {
-        "run": run.name,
-        "kind": run.kind,
-        "method": run.method,
-        "seed": run.seed,
-        "status": "failed",
-    }
-    return {
-        **record,
-        **({"task": run.task} if run.task else {}),
-        "error": f"its process ended with {how}",
-    }
+    return {**run.record(), "status": "failed", "error": f"its process ended with {how}"}

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lightning_mtl.compare.grid import Run
+from lightning_mtl.compare.texts import name, one_line
 
 
 class Progress:
@@ -51,7 +52,7 @@ class Progress:
         self.left[run.kind] -= 1
         self.took.setdefault(run.kind, []).append(record.get("seconds", 0.0))
         width = len(str(self.total))
-        text = f"[{self.done:{width}}/{self.total}] {run.label}: {outcome(record)}"
+        text = f"[{self.done:{width}}/{self.total}] {name(run.label, 100)}: {outcome(record)}"
         remaining = self.time_left()
         if remaining is None:
             return text
@@ -74,14 +75,14 @@ class Progress:
 def outcome(record: Mapping[str, Any]) -> str:
     """What a run gave, in a few words."""
     if record["status"] == "failed":
-        return f"FAILED, {record['error']}"
+        return f"FAILED, {one_line(record['error'])}"
     if record["kind"] == "timing":
         memory = "" if record["peak_mb"] is None else f", {record['peak_mb']:.1f} MB"
         return f"{record['step_ms']:.2f} ms a step{memory}"
     metrics = [
-        f"{task} {name} {value:.4g}"
+        f"{name(f'{task} {metric}')} {value:.4g}"
         for task, found in record.get("metrics", {}).items()
-        for name, value in found.items()
+        for metric, value in found.items()
     ]
     return f"{', '.join(metrics[:4]) or 'recorded'} ({duration(record['seconds'])})"
 

@@ -8,6 +8,7 @@ from html import escape
 
 from lightning_mtl.compare.answer import answer
 from lightning_mtl.compare.table import Summary, cells
+from lightning_mtl.compare.texts import visible
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1c1c1c; background: #fff;
@@ -46,6 +47,7 @@ def report_html(
     pictures: Mapping[str, bytes],
     texts: Mapping[str, str],
     facts: Sequence[tuple[str, str]],
+    faults: Sequence[str] = (),
 ) -> str:
     """The report, with nothing outside it.
 
@@ -54,13 +56,14 @@ def report_html(
         pictures: PNG files by name.
         texts: files to show in full, by name.
         facts: name and value of what the comparison was run with, such as versions.
+        faults: what could not be drawn.
     """
     header, body = cells(summary)
     lines = [_row("th", header)]
     for row, line in zip(summary.rows, body, strict=True):
         lines.append(_row("td", line, f' class="{row.kind}"'))
     errors = [(run, error) for row in summary.rows for run, error in row.errors.items()]
-    failed = "".join(f"<p><b>{escape(run)}</b>: {escape(error)}</p>" for run, error in errors)
+    failed = "".join(f"<p><b>{_text(run)}</b>: {_text(error)}</p>" for run, error in errors)
     figures = "".join(
         f'<figure><img alt="{escape(_CAPTIONS[name])}" src="data:image/png;base64,'
         f'{base64.b64encode(png).decode()}">'
@@ -68,25 +71,28 @@ def report_html(
         for name, png in pictures.items()
     )
     files = "".join(
-        f"<details><summary>{escape(name)}</summary><pre>{escape(text)}</pre></details>"
+        f"<details><summary>{_text(name)}</summary><pre>{_text(text)}</pre></details>"
         for name, text in texts.items()
     )
+    scope = summary.scope()
+    note = "" if scope is None else f'<p class="note">{_text(scope)}</p>'
+    undrawn = "".join(f"<p>{_text(fault)}</p>" for fault in faults)
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>Balancers compared</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <style>{_STYLE}</style></head><body>
 <h1>Does balancing help these tasks?</h1>
-<div class="answer">{"".join(f"<p>{escape(sentence)}</p>" for sentence in answer(summary))}</div>
+<div class="answer">{"".join(f"<p>{_text(sentence)}</p>" for sentence in answer(summary))}</div>
 {f'<h2>Failed runs</h2><div class="failed">{failed}</div>' if failed else ""}
 <h2>Results</h2>
 <div class="scroll"><table>{"".join(lines)}</table></div>
-<p class="note">Mean ± sample standard deviation over seeds. Δp is the mean over tasks of the
+{note}<p class="note">Mean ± sample standard deviation over seeds. Δp is the mean over tasks of the
 relative improvement of each task's metrics over the mean single-task run, in percent. Step time is
 the median of one training step, and peak memory what a training adds to its process, both measured
 in a short run with nothing beside it. Balancing is said to help when the mean Δp of a balancer,
 less its standard deviation, is above the mean Δp of equal weighting and of every fixed
 weighting.</p>
-<h2>Pictures</h2>{figures or "<p>No run finished that could be drawn.</p>"}
+<h2>Pictures</h2>{(figures + undrawn) or "<p>No run finished that could be drawn.</p>"}
 <h2>How it was run</h2>
 <table class="facts">{"".join(_row("td", fact) for fact in facts)}</table>
 {files}
@@ -96,7 +102,9 @@ weighting.</p>
 
 def _row(cell: str, texts: Sequence[str], attributes: str = "") -> str:
     return (
-        f"<tr{attributes}>"
-        + "".join(f"<{cell}>{escape(text)}</{cell}>" for text in texts)
-        + "</tr>"
+        f"<tr{attributes}>" + "".join(f"<{cell}>{_text(text)}</{cell}>" for text in texts) + "</tr>"
     )
+
+
+def _text(text: str) -> str:
+    return escape(visible(text))

@@ -5,15 +5,18 @@ from __future__ import annotations
 import argparse
 import logging
 import warnings
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch.utilities.model_helpers import is_overridden
+
 from lightning_mtl.compare import CompareError
-from lightning_mtl.compare.build import build, callbacks_from, kind_of, read_balancers, read_yaml
-from lightning_mtl.compare.grid import SINGLE, file_hash, file_name, source_hash
+from lightning_mtl.compare.build import RunCLI, build, callbacks_from, kind_of, read_balancers
+from lightning_mtl.compare.folder import source_hash
+from lightning_mtl.compare.grid import SINGLE
 from lightning_mtl.compare.worker import Job
+from lightning_mtl.compare.yaml_file import YamlFile
 from lightning_mtl.evaluation import in_stage, metric_key
 from lightning_mtl.module import MultiTaskModule
 from lightning_mtl.stages import attached_balancers, check_tasks
@@ -29,7 +32,9 @@ class Request:
         methods: the callbacks of every balancer, by name; equal weighting is always among them.
         kinds: ``equal``, ``fixed`` or ``balancer``, by name.
         equal: the name of equal weighting.
-        directions: ``{task: {metric: higher is better}}``.
+        directions: ``{task: {metric: higher is better}}`` of tasks that have a metric.
+        unmeasured: tasks that have none: they are trained, and Δp is over the others.
+        texts: the two files, as they were read, by path.
 
     Raises:
         CompareError: the request cannot be carried out.
@@ -42,8 +47,11 @@ class Request:
                 raise CompareError(f"Expected --{name} to be at least 1 but found {found}.")
         self.config: str = options.config
         self.split: str = options.split
-        self.config_hash = file_hash(self.config)
-        self.methods = read_balancers(options.balancers)
+        config, balancers = YamlFile(self.config), YamlFile(options.balancers)
+        self.texts = {file.path: file.text for file in (config, balancers)}
+        self.config_hash = config.hash
+        self._config = config.content
+        self.methods = read_balancers(options.balancers, balancers.content)
         callbacks = {name: callbacks_from(name, specs) for name, specs in self.methods.items()}
         self.kinds = {name: kind_of(found) for name, found in callbacks.items()}
         if "equal" not in self.kinds.values():  # the reference of the answer and of step times
@@ -59,14 +67,19 @@ class Request:
         self.chosen = self._choose(options.only)
 
         logging.disable(logging.INFO)  # Lightning's notes belong to the logs of the runs
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            cli = build(self.config)
-        logging.disable(logging.NOTSET)
-        self._read_metrics(cli.model)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                cli = build(self.config)
+        finally:
+            logging.disable(logging.NOTSET)
+        tasks = self._read_metrics(cli.model)
+        self._check_data(cli)
         for name, found in callbacks.items():
             try:
-                check_tasks(attached_balancers(found), list(self.directions))
+                attached = attached_balancers(found)
+                if tasks:
+                    check_tasks(attached, tasks)
             except Exception as error:
                 raise CompareError(f"Balancer `{name}` does not fit the model. {error}") from error
         parts = [cli.model] + ([] if cli.datamodule is None else [cli.datamodule])
@@ -86,31 +99,56 @@ class Request:
             )
         return [name for name in self.methods if name in wanted]
 
-    def _read_metrics(self, model: MultiTaskModule) -> None:
+    def _read_metrics(self, model: MultiTaskModule) -> list[str]:
+        """What Δp is made of; the model's tasks, empty where only its losses will tell them."""
         directions = model.metric_directions()
-        tasks = list(model.active_tasks or model.task_names or directions)
-        if len(tasks) < 2:
+        tasks = list(model.active_tasks or model.task_names)
+        if len(tasks) == 1:
             raise CompareError(
                 f"Expected a model of at least 2 tasks but found {tasks}. With one task there is "
                 f"nothing to balance: train it with `lightning-mtl fit`."
             )
         self.directions: dict[str, dict[str, bool]] = {}
         self.logged: dict[str, dict[str, str]] = {}
-        for task in tasks:
+        self.unmeasured = [task for task in tasks if not directions.get(task)]
+        for task in tasks or directions:
             if not directions.get(task):
-                raise CompareError(
-                    f"Expected a metric for every task, since Δp is made of them, but task "
-                    f"`{task}` has none. Give it `Task(loss, metrics)`, or name metrics that the "
-                    f"module logs in `delta_p_metrics`."
-                )
+                continue
             names = {metric_key(task, name): name for name in directions[task]}
             self.directions[task] = {m: directions[task][name] for m, name in names.items()}
             self.logged[task] = {m: in_stage(n, self.split) for m, n in names.items()}
+        if not self.directions:
+            raise CompareError(
+                f"Expected a metric for at least one task, since Δp is made of them, but found "
+                f"none for {', '.join(tasks) or 'any'}. Give a task `Task(loss, metrics)`, or name "
+                f"metrics that the module logs in `delta_p_metrics`."
+            )
+        return tasks
+
+    def _check_data(self, cli: RunCLI) -> None:
+        """Look for loaders now, or every run would train and then fail."""
+        parts = [part for part in (cli.datamodule, cli.model) if part is not None]
+        for stage in ("train", self.split):
+            loader = f"{stage}_dataloader"
+            where = f"--split {stage}, so" if stage == "test" else "so"
+            if not any(is_overridden(loader, part) for part in parts):
+                raise CompareError(
+                    f"Expected {' or '.join(f'`{type(p).__name__}`' for p in parts)} to define "
+                    f"`{loader}` but found none, {where} no run could be "
+                    f"{'trained' if stage == 'train' else 'evaluated'}. Add it, or name another "
+                    f"`data` in {self.config}."
+                )
+        limit: Any = getattr(cli.trainer, f"limit_{self.split}_batches")
+        if limit == 0:
+            raise CompareError(
+                f"Expected batches to evaluate on but found `trainer.limit_{self.split}_batches: "
+                f"0` in {self.config}. Remove it."
+            )
 
     def identity(self) -> dict[str, Any]:
         """What makes two comparisons the same: all but seeds, workers and ``--only``."""
         return {
-            "config": read_yaml(self.config),
+            "config": self._config,
             "balancers": self.methods,
             "split": self.split,
             "metrics": self.directions,
@@ -123,10 +161,9 @@ class Request:
 
 
 def _check_names(methods: Sequence[str]) -> None:
-    files = Counter(file_name(name) for name in methods)
-    bad = [n for n in methods if not n or files[file_name(n)] > 1 or n.startswith(SINGLE)]
+    bad = [name for name in methods if not name.strip() or name.startswith(SINGLE)]
     if bad:
         raise CompareError(
-            f"Expected names of balancers that are not empty, differ in letters or digits, and do "
-            f"not start with `{SINGLE}`, but found {bad}. Rename them."
+            f"Expected names of balancers that are not empty and do not start with `{SINGLE}`, but "
+            f"found {bad}. Rename them."
         )

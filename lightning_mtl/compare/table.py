@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from lightning_mtl.compare.grid import SINGLE
+from lightning_mtl.compare.texts import name, one_line
 from lightning_mtl.metrics.delta_p import FORMAT, delta_p
 
 Record = Mapping[str, Any]
@@ -78,12 +79,14 @@ class Summary:
         rows: single-task first, then every method in its order.
         curves: recorded task gradients by method.
         no_delta_p: why there is no Δp, if there is none.
+        unmeasured: tasks without a metric, which Δp says nothing about.
     """
 
     directions: Directions
     rows: list[Row]
     curves: dict[str, list[dict[str, Any]]]
     no_delta_p: str | None = None
+    unmeasured: Sequence[str] = ()
 
     @property
     def single(self) -> Row:
@@ -95,12 +98,22 @@ class Summary:
         """Every multi-task method."""
         return self.rows[1:]
 
+    def scope(self) -> str | None:
+        """Which tasks Δp is about, where it is not about all."""
+        if not self.unmeasured:
+            return None
+        measured = ", ".join(map(name, self.directions))
+        others = ", ".join(map(name, self.unmeasured))
+        have = "have none: they are" if len(self.unmeasured) > 1 else "has none: it is"
+        return f"Δp is over the tasks with a metric: {measured}; {others} {have} trained only."
+
 
 def summarise(
     records: Iterable[Record],
     directions: Directions,
     kinds: Mapping[str, str],
     curves: Mapping[str, list[dict[str, Any]]],
+    unmeasured: Sequence[str] = (),
 ) -> Summary:
     """Average over seeds, and Δp of every run against the mean of the single-task runs.
 
@@ -109,6 +122,7 @@ def summarise(
         directions: ``{task: {metric: higher is better}}``.
         kinds: ``{method: equal, fixed or balancer}``, in the order of the table.
         curves: recorded task gradients by method.
+        unmeasured: tasks without a metric.
     """
     rows = {SINGLE: Row(SINGLE, "single")} | {
         method: Row(method, kind) for method, kind in kinds.items()
@@ -124,7 +138,8 @@ def summarise(
             row.runs.setdefault(record["seed"], {}).update(record["metrics"])
     for row in rows.values():
         row.metrics = _metrics(row, directions)
-    summary = Summary(directions, list(rows.values()), {m: curves[m] for m in rows if m in curves})
+    drawn = {method: curves[method] for method in rows if method in curves}
+    summary = Summary(directions, list(rows.values()), drawn, unmeasured=unmeasured)
     _add_delta_p(summary)
     return summary
 
@@ -180,7 +195,12 @@ def summary_csv(summary: Summary) -> str:
     """A line a method, with means and standard deviations in columns of their own."""
     lines = []
     for row in summary.rows:
-        line: dict[str, Any] = {"method": row.method, "kind": row.kind, "seeds": len(row.runs)}
+        # pairs: names may be such that two columns are called the same
+        line: list[tuple[str, Any]] = [
+            ("method", row.method),
+            ("kind", row.kind),
+            ("seeds", len(row.runs)),
+        ]
         for task, metrics in summary.directions.items():
             for metric in metrics:
                 _add(
@@ -191,31 +211,34 @@ def summary_csv(summary: Summary) -> str:
         _add(line, "delta_p", row.delta_p)
         for task in summary.directions:
             _add(line, f"delta_p/{task}", row.task_delta_p.get(task))
-        line |= {"step_ms": row.step_ms, "step_ratio": row.step_ratio, "peak_mb": row.peak_mb}
-        line["failed"] = "; ".join(row.errors)
+        line += [("step_ms", row.step_ms), ("step_ratio", row.step_ratio), ("peak_mb", row.peak_mb)]
+        line.append(("failed", "; ".join(row.errors)))
         lines.append(line)
     text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(lines[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(lines)
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([column for column, _ in lines[0]])
+    writer.writerows([value for _, value in line] for line in lines)
     return text.getvalue()
 
 
-def _add(line: dict[str, Any], name: str, spread: Spread | None) -> None:
-    line[f"{name} mean"] = None if spread is None else spread.mean
-    line[f"{name} std"] = None if spread is None else spread.std
+def _add(line: list[tuple[str, Any]], column: str, spread: Spread | None) -> None:
+    line.append((f"{column} mean", None if spread is None else spread.mean))
+    line.append((f"{column} std", None if spread is None else spread.std))
 
 
 def cells(summary: Summary) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the table, as text."""
     columns = [(task, metric) for task, metrics in summary.directions.items() for metric in metrics]
     header = ["method"]
-    header += [f"{t} {m} {'↑' if summary.directions[t][m] else '↓'}" for t, m in columns]
+    header += [
+        f"{name(f'{task} {metric}')} {'↑' if summary.directions[task][metric] else '↓'}"
+        for task, metric in columns
+    ]
     header += ["Δp %", "step ms", "× equal", "peak MB"]
     body = []
     for row in summary.rows:
         spreads = [row.metrics.get(task, {}).get(metric) for task, metric in columns]
-        line = [row.method] + ["–" if s is None else s.text(".4g", ".2g") for s in spreads]
+        line = [name(row.method)] + ["–" if s is None else s.text(".4g", ".2g") for s in spreads]
         line.append("0 (by definition)" if row.kind == "single" else "–")
         if row.delta_p is not None:
             line[-1] = row.delta_p.text("+.2f", ".2f")
@@ -234,8 +257,13 @@ def console_table(summary: Summary) -> str:
     widths = [max(len(line[i]) for line in [header, *body]) for i in range(len(header))]
     lines = [_aligned(header, widths), "  ".join("-" * width for width in widths)]
     lines += [_aligned(line, widths) for line in body]
-    lines += [f"FAILED {run}: {error}" for row in summary.rows for run, error in row.errors.items()]
+    lines += [
+        f"FAILED {run}: {one_line(error)}"
+        for row in summary.rows
+        for run, error in row.errors.items()
+    ]
     lines += [f"No Δp: {summary.no_delta_p}."] if summary.no_delta_p else []
+    lines += [scope] if (scope := summary.scope()) else []
     return "\n".join(lines)
 
 

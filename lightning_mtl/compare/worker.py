@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
 import signal
@@ -11,6 +12,7 @@ import threading
 import time
 import traceback
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import parent_process
 from multiprocessing.connection import Connection, wait
@@ -24,9 +26,13 @@ from lightning_mtl import GradientBalancer
 from lightning_mtl.cli import use_current_directory
 from lightning_mtl.compare import CompareError
 from lightning_mtl.compare.build import RunCLI, callbacks_from
-from lightning_mtl.compare.grid import Run, file_hash
+from lightning_mtl.compare.folder import file_hash, leave_locks
+from lightning_mtl.compare.grid import Run
 from lightning_mtl.compare.recorders import CurveRecorder, PeakMemory, StepTimer
+from lightning_mtl.compare.stopping import left_to_parent
+from lightning_mtl.compare.texts import error_text
 
+_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 _TURNS = 5  # an odd number: the median is then one of them
 
 
@@ -53,46 +59,67 @@ class Job:
 
 def work(run: Run, job: Job, connection: Connection) -> None:
     """Do ``run`` in this process and send its record; never raises."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the command ends its workers itself
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    with (job.logs / f"{run.name}.log").open("w", encoding="utf-8") as log:
-        os.dup2(log.fileno(), 1)
-        os.dup2(log.fileno(), 2)
-        use_current_directory()
-        torch.set_num_threads(1)  # the same sums in the same order, however many workers there are
-        started = time.perf_counter()
-        record: dict[str, Any] = {
-            "run": run.name,
-            "kind": run.kind,
-            "method": run.method,
-            "seed": run.seed,
-        }
-        if run.task:
-            record["task"] = run.task
-        try:
-            if file_hash(job.config) != job.config_hash:
-                raise CompareError(
-                    f"Expected {job.config} as it was when the comparison started, but it has "
-                    f"changed. Put it back and start the same command again, or start another "
-                    f"comparison with another --out."
-                )
-            record.update(
-                status="finished", **(_time if run.kind == "timing" else _train)(run, job)
-            )
-        except BaseException as error:  # a user's SystemExit too
+    left_to_parent()
+    _end_with_parent()
+    leave_locks()
+    use_current_directory()
+    torch.set_num_threads(1)  # the same sums in the same order, however many workers there are
+    started = time.perf_counter()
+    record = run.record()
+    try:
+        _print_to(job.logs / f"{run.name}.log")
+        _check_config(job)
+        found = (_time if run.kind == "timing" else _train)(run, job)
+        _check_config(job)  # it may have changed while the run read it
+        record.update(status="finished", **found)
+    except BaseException as error:  # a user's SystemExit too
+        with suppress(OSError):  # on a full disk there is no log
             traceback.print_exc()
-            record.update(status="failed", error=f"{type(error).__name__}: {error}")
-        record["seconds"] = round(time.perf_counter() - started, 3)
+        record.update(status="failed", error=error_text(error))
+    record["seconds"] = round(time.perf_counter() - started, 3)
+    with suppress(OSError):
         sys.stdout.flush()
         sys.stderr.flush()
-        connection.send(record)
+    connection.send(record)
+
+
+def _print_to(path: Path) -> None:
+    """Let all that this process prints, and what it calls, go to a file."""
+    log = path.open("w", encoding="utf-8", errors="backslashreplace", buffering=1)
+    os.dup2(log.fileno(), 1)
+    os.dup2(log.fileno(), 2)
+    sys.stdout = sys.stderr = log
+
+
+def _check_config(job: Job) -> None:
+    if file_hash(job.config) != job.config_hash:
+        raise CompareError(
+            f"Expected {job.config} as it was when the comparison started, but it has changed. Put "
+            f"it back and start the same command again, or start another comparison with another "
+            f"--out."
+        )
 
 
 def _end_with_parent() -> None:
+    """End when the command does, however it ends.
+
+    On Linux the system sees to it, whatever this process is doing. Elsewhere a thread does, which
+    has to wait while code in C holds the interpreter's lock.
+    """
     parent = parent_process()
-    if parent is not None:
-        wait([parent.sentinel])
-        os._exit(1)
+    if parent is None:
+        return
+    if sys.platform == "linux":
+        prctl = ctypes.CDLL(None, use_errno=True).prctl
+        prctl(_PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL), *[ctypes.c_ulong(0)] * 3)
+        if os.getppid() != parent.pid:  # it had ended before it could be asked for
+            os._exit(1)
+    threading.Thread(target=_wait_for, args=(parent.sentinel,), daemon=True).start()
+
+
+def _wait_for(sentinel: Any) -> None:
+    wait([sentinel])
+    os._exit(1)
 
 
 def _train(run: Run, job: Job) -> dict[str, Any]:
@@ -105,7 +132,7 @@ def _train(run: Run, job: Job) -> dict[str, Any]:
         recorder = CurveRecorder()
         callbacks.append(recorder)
     cli = RunCLI(job.config, run.seed, callbacks)
-    if run.task:
+    if run.task is not None:
         cli.model.active_tasks = [run.task]
     seed_everything(
         run.seed, workers=True, verbose=False
@@ -127,7 +154,7 @@ def _collects_gradients(callbacks: Sequence[Callback]) -> bool:
 
 def _metrics(run: Run, job: Job, logged: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     found: dict[str, dict[str, float]] = {}
-    for task in [run.task] if run.task else job.metrics:
+    for task in job.metrics if run.task is None else [run.task]:
         found[task] = {}
         for metric, name in job.metrics[task].items():
             if name not in logged:
