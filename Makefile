@@ -14,7 +14,7 @@ export MPLBACKEND ?= Agg
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install lint format types test test-slow test-lowest docs demo cost bench ci clean
+.PHONY: help install lint format types test test-slow test-lowest test-ported docs demo cost bench ci clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,8 +42,8 @@ types: install  ## mypy, strict, over the package
 test: install  ## all fast tests
 	$(BIN)/python -m pytest -m "not slow" -n auto --dist loadfile
 
-test-slow: install test-lowest  ## the long runs: many kills, a browser, the oldest versions
-	$(BIN)/python -m pytest -m slow
+test-slow: install test-lowest test-ported  ## the long runs: kills, a browser, other libraries
+	$(BIN)/python -m pytest -m slow --ignore tests/ported
 
 # The oldest versions that pyproject.toml admits, in an environment of their own. What they call
 # deprecated in one another is not ours to repair.
@@ -54,6 +54,13 @@ test-lowest:  ## the fast tests on the oldest supported versions
 		"pytorch-lightning==2.5.0" "torchmetrics==1.3.*" "jsonargparse[signatures]==4.39.*"
 	.venv-lowest/bin/python -m pytest -m "not slow" -n auto --dist loadfile \
 		-W ignore::DeprecationWarning
+
+# Modules of other libraries, which have an environment of their own: the one for `make ci` stays
+# small, and their requirements cannot hold back its versions.
+test-ported:  ## modules of other libraries, ported
+	$(PYTHON) -m venv .venv-ported
+	.venv-ported/bin/python -m pip install --quiet -e ".[ported,vision]" pytest matplotlib
+	.venv-ported/bin/python -m pytest tests/ported
 
 docs: install  ## build the pages (warnings are errors) and run their examples
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
