@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_mtl.again import Reached, Seen, replayed
+from lightning_mtl.flat import as_grad, real
 from lightning_mtl.host import to_host
 from lightning_mtl.jacobian import TaskGradients
 from lightning_mtl.probe import Probe
@@ -85,13 +86,13 @@ class Products(Probe):
         """
         (z,), gradients = self.tensors, self.gradients
         shared = [gradients.parameters[name] for name in gradients.shared or ()]
-        output = (weights.to(self.rows) @ self.rows).view_as(z).to(z.dtype)
+        output = as_grad((weights.to(self.rows) @ self.rows).view_as(real(z.detach())), z)
         grads = torch.autograd.grad([z], shared, [output], retain_graph=True, allow_unused=True)
         gradients.begin_row()
         gradients.add_to_row(0, grads)
         direction = gradients.combined()
         change = self._change(shared, gradients.row_views(0))
-        product = self.sum_shards(self.rows @ change.flatten().to(self.rows))
+        product = self.sum_shards(self.rows @ real(change).flatten().to(self.rows))
         found, length, *self._estimates = to_host(product, direction @ direction, *self._estimates)
         self._check(float(weights.to(found) @ found), float(length))
         return found.to(weights), [e.to(weights) for e in self._estimates]
@@ -128,7 +129,7 @@ class Products(Probe):
                 warnings.filterwarnings("ignore", "`torch.jit", FutureWarning)
                 warnings.filterwarnings("ignore", "`torch.jit", DeprecationWarning)
                 pairs = zip(shared, tangents, strict=True)
-                duals = {id(p): forward_ad.make_dual(p.detach(), t.to(p.dtype)) for p, t in pairs}
+                duals = {id(p): forward_ad.make_dual(p.detach(), as_grad(t, p)) for p, t in pairs}
                 with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no forward mode
                     again = self._again(duals)
                 change = forward_ad.unpack_dual(again).tangent
