@@ -139,6 +139,7 @@ def aggregate(
             1.0 if head_weights is None else head_weights
         )
     gradients.write_shared(direction, every_column=every_column)
+    gradients.note_late()
     if head_weights is not None:
         head_weights = of_all(head_weights, rows, len(tasks), losses).to(losses)
     gradients.write_heads(head_weights)

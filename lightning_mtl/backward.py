@@ -84,6 +84,8 @@ class Backward:
         total = total if every == 1 else total / every
         if "on_before_backward" in self.hooks:
             self.trainer.precision_plugin.pre_backward(total, self.module)
+        if group.received > 1 or self.hooks:  # since the step began
+            self.layout.check_frozen(self.trainer.optimizers, first=False, balanced=True)
         gradients = self.gradients()
         if group.form == "reuse":
             self._reuse(losses, group, gradients, stepping)
@@ -188,7 +190,7 @@ class Backward:
         self, total: Tensor, losses: TaskLosses, group: Group, stepping: bool
     ) -> None:
         """The backward pass of one process among several, without its wrapper's reducer."""
-        summed = self.layout.summed(self.trainer.optimizers)
+        summed = self.layout.summed(self.trainer.optimizers, first=group.received == 1)
         if group.received == 1:
             summed.begin()
         self.trainer.precision_plugin.pre_backward(total, self.module)

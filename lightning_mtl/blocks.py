@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_mtl import inner
+from lightning_mtl.flat import real
 from lightning_mtl.jacobian import TaskGradients
 from lightning_mtl.probe import Probe
 
@@ -32,15 +33,17 @@ class Blocks(Probe):
     def __init__(self, gradients: TaskGradients, number: int, scale: float) -> None:
         shared = [gradients.parameters[name] for name in gradients.shared or ()]
         self.blocks = _cut(shared, number)
-        widest = max(self.blocks, key=lambda block: sum(p.numel() for p in block))
+        widest = max(self.blocks, key=lambda block: sum(real(p.detach()).numel() for p in block))
         super().__init__(gradients, widest, representation=False, scale=scale)
         self._gramian = self.rows.new_zeros(len(self.rows), len(self.rows), dtype=torch.float64)
 
     def collect(self, losses: TaskLosses) -> None:
         """The Gramian and head gradients of a micro-batch; keeps the graph for the direction."""
         for number, block in enumerate(self.blocks):
-            width = sum(p.numel() for p in block)
-            rows = self.rows.flatten()[: len(self.rows) * width].view(-1, width).zero_()
+            sizes = [real(p.detach()).numel() for p in block]
+            width = sum(sizes)
+            number_of_rows = len(self.rows)
+            rows = self.rows.flatten()[: number_of_rows * width].view(number_of_rows, width).zero_()
             for t, value, count, _ in losses:
                 if number == 0:
                     self.losses[t] = value = value * (count * self.scale)
@@ -48,11 +51,13 @@ class Blocks(Probe):
                 else:
                     value = self.losses[t]  # type: ignore[assignment] # set with the first block
                     grads = torch.autograd.grad(value, block, retain_graph=True, allow_unused=True)
+                self._dense(block, grads)
                 offset = 0
-                for p, grad in zip(block, grads, strict=True):
+                for size, grad in zip(sizes, grads, strict=True):
                     if grad is not None:
-                        rows[t, offset : offset + p.numel()].view(p.shape).copy_(grad)
-                    offset += p.numel()
+                        grad = real(grad)
+                        rows[t, offset : offset + size].view(grad.shape).copy_(grad)
+                    offset += size
             rows = self.gradients.ranks.sum_(rows)
             self._gramian += inner.gramian(rows.div_(self.scale) if self.scale != 1 else rows)
 

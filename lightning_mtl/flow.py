@@ -177,8 +177,9 @@ class Flow:
         trainer = self.trainer
         stepping = not trainer.fit_loop._should_accumulate()
         if self._group is None:
-            self._group = self._begin_group(losses, single=stepping)
+            # Before what a step needs is taken: gradients that nobody keeps are free by then.
             zero_grad(trainer, batch_idx, self.backward.hooks)
+            self._group = self._begin_group(losses, single=stepping)
         group = self._group
         group.add(losses)
         if seen is not None:
@@ -194,6 +195,7 @@ class Flow:
             self.module.automatic_optimization = True
             if step_optimizers(trainer, batch_idx, total):
                 self._learn(group)
+            self.layout.grow(self.gradient_balancer, trainer.optimizers)
             if not group.overflow and losses_due(trainer):
                 log_losses(self.module, self.record())
         if group.dropped and not self._told:
@@ -230,6 +232,7 @@ class Flow:
         elif rows:
             group.form = "rows"
         if group.form != "sum":
+            self.check_frozen()
             gradients = self.backward.gradients()
             gradients.begin()
             at_once = single or (balancer is not None and balancer.batches > 1)
@@ -311,7 +314,8 @@ class Flow:
 
     def check_frozen(self) -> None:
         """Refuse parameters that were frozen or unfrozen since the first step."""
-        self.layout.check_frozen(self.trainer.optimizers)
+        balanced = self.gradient_balancer is not None
+        self.layout.check_frozen(self.trainer.optimizers, first=True, balanced=balanced)
 
     def release(self, *, broken: bool = False) -> None:
         """Free the buffers when the fit is over; the layout stays.

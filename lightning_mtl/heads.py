@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from lightning_mtl.flat import real, with_places
 from lightning_mtl.host import non_finite
+from lightning_mtl.strategies.one_process import OneProcess
 
 
 class HeadGradients:
@@ -78,3 +80,35 @@ class HeadGradients:
 
     def _all(self) -> list[Tensor]:
         return [grad for heads in self.by_task for grad in heads.values()]
+
+
+def summed_heads(
+    found: Mapping[str, Tensor],
+    parameters: Mapping[str, Tensor],
+    ranks: OneProcess,
+    dtype: torch.dtype,
+) -> dict[str, Tensor]:
+    """Head gradients of all ``parameters`` summed over ranks, as real numbers in one vector."""
+    own = [real(p.detach()) for p in parameters.values()]
+    flat = torch.zeros(sum(p.numel() for p in own), dtype=dtype, device=ranks.device)
+    parts = dict(zip(parameters, with_places(flat, own), strict=True))
+    refuse_sparse(list(found), list(found.values()))
+    for name, grad in found.items():
+        parts[name].copy_(real(grad))
+    ranks.sum_(flat)
+    return parts
+
+
+def refuse_sparse(names: Sequence[str], grads: Sequence[Tensor]) -> None:
+    """Refuse sparse gradients where they would be put beside others.
+
+    Raises:
+        ValueError: there are some.
+    """
+    sparse = [n for n, g in zip(names, grads, strict=True) if g.layout != torch.strided]
+    if sparse:
+        raise ValueError(
+            f"Expected dense gradients of shared parameters, and of all that several processes sum "
+            f"up, but found sparse ones of {sparse[:4]}. Use nn.Embedding(sparse=False), or train "
+            f"in one process without a gradient balancer."
+        )

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lightning_mtl.flat import real
+
 
 def to_host(*tensors: Tensor) -> list[Tensor]:
     """Small tensors on the CPU, in their own shapes and dtypes, by one transfer.
@@ -26,11 +28,14 @@ def to_host(*tensors: Tensor) -> list[Tensor]:
 
 
 def non_finite(tensors: Sequence[Tensor]) -> Tensor:
-    """A number that is above zero if the dense real tensors hold one that is not finite.
+    """A number that is above zero if the tensors hold one that is not finite.
 
     On their device, in one pass, without waiting for it.
     """
-    usable = [t for t in tensors if t.layout is torch.strided and not t.is_complex()]
+    usable = [
+        _dense_real(t) if t.layout is not torch.strided or t.is_complex() or t.requires_grad else t
+        for t in tensors
+    ]
     devices = list(dict.fromkeys(t.device for t in usable))
     found = [torch.zeros((), dtype=torch.float32, device=device) for device in devices]
     for flag, device in zip(found, devices, strict=True):
@@ -41,11 +46,21 @@ def non_finite(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack([f.to(devices[0]) for f in found]).sum() if found else torch.zeros(())
 
 
+def _dense_real(tensor: Tensor) -> Tensor:
+    """All numbers of a tensor that is sparse, complex or has a graph."""
+    tensor = tensor.detach()
+    if tensor.layout is torch.sparse_coo:
+        tensor = tensor._values()
+    elif tensor.layout is not torch.strided:
+        tensor = tensor.values()
+    return real(tensor)
+
+
 @functools.cache
 def _one(device: torch.device) -> Tensor:
     return torch.ones((), dtype=torch.float32, device=device)
 
 
 def all_finite(tensors: Sequence[Tensor]) -> bool:
-    """Whether every number in the dense real tensors is finite."""
+    """Whether every number in the tensors is finite."""
     return non_finite(tensors).item() == 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from lightning_mtl import inner
 from lightning_mtl.balancer import Columns
-from lightning_mtl.graph import reachable
-from lightning_mtl.heads import HeadGradients
+from lightning_mtl.flat import as_grad, places, real, views
+from lightning_mtl.heads import HeadGradients, refuse_sparse, summed_heads
 from lightning_mtl.losses import TaskLosses
+from lightning_mtl.reach import Reach, from_graph, on_any_rank
 from lightning_mtl.state import Shards
-from lightning_mtl.storage import Memory, allocate, combine
+from lightning_mtl.storage import Memory, allocate, combine, narrow
 from lightning_mtl.strategies import OneProcess
 
 Named = dict[str, nn.Parameter]
@@ -57,7 +58,11 @@ class TaskGradients:
         self._sent: list[Callable[[], Any]] = []  # to wait for each row's sum over ranks
         self.heads = HeadGradients(num_tasks)  # of all parameters, while the shared are unknown
         self.shared: list[str] | None = None
+        self.reach = Reach(num_tasks)
+        self.layer: list[str] | None = None  # the last that all tasks reach, once it was needed
         self._columns = Columns((), ())
+        self._line: Tensor | None = None  # of this step's direction, until it is given away
+        self._spent = False  # whether the row was given away with it
         self._narrow: Tensor | None = None  # rows of a few columns, see `narrow_rows`
         self._order = list(parameters)
         self._inputs = list(parameters.values())
@@ -79,6 +84,7 @@ class TaskGradients:
         self._written = [False] * self.num_tasks
         self.heads.begin()
         self._reached = [False] * len(self.shared or ())
+        self._met: list[Collection[str]] | None = None  # heads that each task reached on any rank
         self._apart: list[Tensor] = []
         self._sent = []
 
@@ -93,19 +99,28 @@ class TaskGradients:
 
     def discover(self, losses: TaskLosses) -> None:
         """Find the shared parameters from the graphs of the losses, before any gradient."""
-        names = {id(p): name for name, p in self.parameters.items()}
-        reached: list[set[str]] = [set() for _ in range(self.num_tasks)]
-        for t, loss, _, _ in losses:
-            reached[t] = {names[i] for i in reachable(loss) if i in names}
-        self._fix(self._shared_of(reached))
+        self._find(from_graph(losses, self.parameters, self.num_tasks))
 
-    def _shared_of(self, reached: Sequence[set[str]]) -> list[str]:
-        needed = min(2, self.num_tasks)
-        if not self.ranks.alone:  # ranks may have met different tasks
-            table = torch.tensor([[n in names for n in self._order] for names in reached])
-            table = self.ranks.max_(table.to(self.ranks.device, torch.uint8))
-            reached = [{self._order[i] for i in row.nonzero()[:, 0]} for row in table.cpu()]
-        return [n for n in self._order if sum(n in names for names in reached) >= needed]
+    def trace(self, losses: TaskLosses) -> None:
+        """Look at the graphs of tasks that nobody has looked at, where the layout was given."""
+        new = [t for t in losses.present if self.reach.by_task[t] is None]
+        if new:
+            reached = from_graph(losses, self.parameters, self.num_tasks)
+            found = on_any_rank(reached, self._order, self.ranks)
+            for t in new:
+                self.reach.by_task[t] = found[t]
+            self.layer = None
+
+    def note_late(self) -> None:
+        """Look for parameters outside the rows that a second task has reached by now."""
+        if self._met is None and not self.ranks.alone:
+            self.agree()
+        heads = [h.keys() for h in self.heads.by_task] if self._met is None else self._met
+        self.reach.note(heads, self._order[len(self.shared or ()) :])
+
+    def _find(self, reached: Sequence[Collection[str]]) -> None:
+        self.reach.by_task = [*on_any_rank(reached, self._order, self.ranks)]
+        self._fix(self.reach.shared(self._order))
 
     def add(
         self,
@@ -134,11 +149,6 @@ class TaskGradients:
         if split and shared:
             self.add_to_row(task, grads[:split])
             grads = grads[split:]
-        if not split and any(g is not None and g.layout != torch.strided for g in grads):
-            raise ValueError(
-                "Expected dense gradients but found sparse ones. Use nn.Embedding(sparse=False), "
-                "or train without a gradient balancer."
-            )
         if heads:
             self.heads.add(task, self._order[split:], grads)
         self._written[task] |= shared
@@ -153,21 +163,30 @@ class TaskGradients:
 
     def add_to_row(self, task: int, grads: Sequence[Tensor | None]) -> None:
         """Add gradients of the shared parameters, in their order, to a row."""
-        views = self._row_views[task]
+        if self._spent:
+            self._new_rows()
+        parts = self._row_views[task]
         present = [g for g in grads if g is not None]
-        into = views
-        if len(present) == len(views):
-            self._reached = [True] * len(views)
+        if self._any_complex:
+            present = [real(g) for g in present]
+        into = parts
+        if len(present) == len(parts):
+            self._reached = [True] * len(parts)
         else:
             self._reached = [r or g is not None for r, g in zip(self._reached, grads, strict=True)]
-            into = [v for v, g in zip(views, grads, strict=True) if g is not None]
+            into = [v for v, g in zip(parts, grads, strict=True) if g is not None]
             if not self._written[task]:
                 self.rows[task].zero_()  # type: ignore[index] # the layout is known here
         if present:
-            if self._written[task]:
-                torch._foreach_add_(into, present)
-            else:
-                torch._foreach_copy_(into, present)
+            try:
+                if self._written[task]:
+                    torch._foreach_add_(into, present)
+                else:
+                    torch._foreach_copy_(into, present)
+            except RuntimeError:
+                names = [n for n, g in zip(self.shared or (), grads, strict=True) if g is not None]
+                refuse_sparse(names, present)  # looked at when it fails: a look a step would cost
+                raise
         self._written[task] = True
 
     def row_views(self, row: int) -> list[Tensor]:
@@ -175,18 +194,9 @@ class TaskGradients:
         return self._row_views[row]
 
     def narrow_rows(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Rows as wide as all of ``tensors``, in at least float32: the same memory in each step.
-
-        They hold what the last step left in them.
-        """
-        dtype = torch.float32
-        for tensor in tensors:
-            dtype = torch.promote_types(dtype, tensor.dtype)
-        shape, device = (self.num_tasks, sum(t.numel() for t in tensors)), tensors[0].device
-        rows = self._narrow
-        if rows is None or rows.shape != shape or (rows.dtype, rows.device) != (dtype, device):
-            rows = self._narrow = torch.empty(shape, dtype=dtype, device=device)
-        return rows
+        """Rows as wide as all of ``tensors``, with what the last step left in them."""
+        self._narrow = narrow(self._narrow, self.num_tasks, tensors)
+        return self._narrow
 
     def begin_row(self) -> None:
         """Start with an empty row 0, as the place to add up one combined gradient."""
@@ -226,6 +236,8 @@ class TaskGradients:
 
     def combined(self) -> Tensor:
         """Row 0, summed over ranks, where one combined gradient was added up."""
+        if self._spent:
+            self._new_rows()
         assert self.rows is not None
         if not self._written[0]:
             self.rows[0].zero_()
@@ -258,7 +270,9 @@ class TaskGradients:
 
     def _close(self) -> Tensor:
         if self.shared is None:
-            self._fix(self._shared_of([set(heads) for heads in self.heads.by_task]))
+            self._find(self.heads.by_task)
+        if self._spent:
+            self._new_rows()
         assert self.rows is not None
         for task in range(len(self._sent), len(self.rows)):
             self._close_row(task)
@@ -270,7 +284,8 @@ class TaskGradients:
 
     def _fix(self, shared: list[str]) -> None:
         """Fix the layout of the rows, and move into them what was collected before it was known."""
-        chosen = [self._leaf(self.parameters[name]) for name in shared]
+        chosen = [real(self._leaf(self.parameters[name])) for name in shared]
+        self._any_complex = any(self.parameters[name].is_complex() for name in shared)
         self._columns = Columns(tuple(shared), tuple(p.numel() for p in chosen))
         devices = {p.device for p in chosen}
         if len(devices) > 1:
@@ -286,20 +301,22 @@ class TaskGradients:
         dtype = torch.float32
         for p in chosen:
             dtype = torch.promote_types(dtype, p.dtype)
-        total = sum(p.numel() for p in chosen)
-        like = chosen[0] if chosen else torch.zeros(0)
-        self.rows = self._allocate(total, like, dtype)
-        self._row_views = [_views(row, chosen) for row in self.rows]
-        width = self.rows.shape[1]
-        self._direction = self.rows[0] if self._in_place else self._line(width, like, dtype)
-        self._direction_views = _views(self._direction, chosen)
+        self._like = (chosen[0] if chosen else torch.zeros(0)).new_empty(0, dtype=dtype)
+        self._places = places(chosen)
+        self._new_rows()
         self._reached = [any(name in heads for heads in self.heads.by_task) for name in shared]
         for task, heads in enumerate(self.heads.by_task):
             found = {name: heads.pop(name) for name in shared if name in heads}
-            views = self._row_views[task] if found else ()
-            for name, view in zip(shared, views, strict=bool(found)):
+            parts = self._row_views[task] if found else ()
+            for name, view in zip(shared, parts, strict=bool(found)):
                 if name in found:
-                    view.copy_(found[name])
+                    refuse_sparse([name], [found[name]])
+                    view.copy_(real(found[name]))
+
+    def _new_rows(self) -> None:
+        self.rows = self._allocate(sum(self._columns.sizes), self._like)
+        self._row_views = [views(row, self._places) for row in self.rows]
+        self._spent = False
 
     def _leaf(self, parameter: nn.Parameter) -> Tensor:
         """What of a parameter this process has."""
@@ -307,26 +324,34 @@ class TaskGradients:
 
     def _grad(self, parameter: nn.Parameter, local: Tensor) -> Tensor:
         """What becomes the ``.grad`` of a parameter."""
-        return local if local.dtype == parameter.dtype else local.to(parameter.dtype)
+        return as_grad(local, parameter)
 
-    def _allocate(self, total: int, like: Tensor, dtype: torch.dtype) -> Tensor:
+    def _allocate(self, total: int, like: Tensor) -> Tensor:
         number = 1 if self._in_place else self.num_tasks
-        return allocate(number, total, self._memory, like, dtype)
+        return allocate(number, total, self._memory, like, like.dtype)
 
-    def _line(self, width: int, like: Tensor, dtype: torch.dtype) -> Tensor:
-        """A direction: on the device, in float32 or wider."""
-        return torch.zeros(width, dtype=dtype, device=like.device)
+    @property
+    def _direction(self) -> Tensor:
+        """Where the direction of this step is put: on the device, in float32 or wider."""
+        if self._line is None:
+            assert self.rows is not None
+            width = self.rows.shape[1]
+            self._line = self.rows[0] if self._in_place else self._like.new_empty(width)
+        return self._line
 
     def write_shared(self, direction: Tensor, *, every_column: bool) -> None:
         """Make ``direction``, shape ``(P,)``, the ``.grad`` of the shared parameters.
 
-        The gradients are views of one buffer with each parameter's own strides, as fused
-        optimizers expect. Parameters that no task reached in this step keep none, as in plain
-        training, unless ``every_column``.
+        The gradients are views of one vector with each parameter's own strides, as fused
+        optimizers expect. It is theirs from now on and the next step takes a new one, so that
+        hooks may keep gradients. Parameters that no task reached in this step keep none, as in
+        plain training, unless ``every_column``.
         """
-        if direction.data_ptr() != self._direction.data_ptr():
-            self._direction.copy_(direction)
-        columns = zip(self.shared or (), self._direction_views, self._reached, strict=True)
+        line = self._direction
+        if direction.data_ptr() != line.data_ptr():
+            line.copy_(direction)
+        self._line, self._spent = None, self._in_place
+        columns = zip(self.shared or (), views(line, self._places), self._reached, strict=True)
         for name, view, reached in columns:
             if not (reached or every_column):
                 continue
@@ -334,7 +359,7 @@ class TaskGradients:
             parameter.grad = self._grad(parameter, view)
 
     def combine(self, weights: Tensor) -> Tensor:
-        """The direction ``weights @ J``, shape ``(P,)``, in the buffer behind ``.grad``."""
+        """The direction ``weights @ J``, shape ``(P,)``, in the vector behind ``.grad``."""
         assert self.rows is not None
         return combine(self.rows, weights, self._direction)
 
@@ -354,16 +379,9 @@ class TaskGradients:
     def _sum_heads(self, found: dict[str, Tensor]) -> dict[str, Tensor]:
         """Head gradients summed over ranks, for every parameter that any of them reached."""
         names = self._order[len(self.shared or ()) :]
-        chosen = [self.parameters[name] for name in names]
-        flat = torch.zeros(
-            sum(p.numel() for p in chosen), dtype=self._direction.dtype, device=self.ranks.device
-        )
-        views = dict(zip(names, _views(flat, chosen), strict=True))
-        for name, grad in found.items():
-            views[name].copy_(grad)
-        self.ranks.sum_(flat)
-        reached = [n for n, r in zip(names, self._heads_reached, strict=True) if r]
-        return {n: views[n] for n in reached}
+        own = {name: self.parameters[name] for name in names}
+        parts = summed_heads(found, own, self.ranks, self._like.dtype)
+        return {n: parts[n] for n, r in zip(names, self._heads_reached, strict=True) if r}
 
     def head_sizes(self) -> list[float]:
         """A number for each task, the same on every rank, not finite where a head gradient is."""
@@ -375,21 +393,12 @@ class TaskGradients:
         if self.ranks.alone:
             return list(sizes)
         heads = self._order[len(self.shared or ()) :]
-        met = [any(name in found for found in self.heads.by_task) for name in heads]
+        met = [name in found for found in self.heads.by_task for name in heads]
         values = torch.tensor([*sizes, *self._reached, *met], dtype=torch.float64)
         values = self.ranks.sum_(values.to(self.ranks.device)).cpu()
         split = len(sizes) + len(self._reached)
         self._reached = (values[len(sizes) : split] > 0).tolist()
-        self._heads_reached = (values[split:] > 0).tolist()
+        table = (values[split:] > 0).view(self.num_tasks, len(heads))
+        self._heads_reached = table.any(0).tolist()
+        self._met = [{heads[i] for i in row.nonzero()[:, 0].tolist()} for row in table]
         return list(values[: len(sizes)].tolist())
-
-
-def _views(flat: Tensor, parameters: Iterable[Tensor]) -> list[Tensor]:
-    """Views of ``flat`` in each parameter's strides (``view`` would lose channels_last)."""
-    views, offset = [], flat.storage_offset()
-    for p in parameters:
-        span = 1 + sum((n - 1) * s for n, s in zip(p.shape, p.stride(), strict=True))
-        stride = p.stride() if span == p.numel() else torch.empty_like(p).contiguous().stride()
-        views.append(flat.as_strided(p.shape, stride, offset))
-        offset += p.numel()
-    return views

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor, nn
 
+from lightning_mtl.balancer import GradientBalancer
+from lightning_mtl.flat import real
 from lightning_mtl.jacobian import TaskGradients
 from lightning_mtl.strategies import OneProcess
 from lightning_mtl.strategies.fsdp2 import ShardedParameters, check_sharded
@@ -32,6 +36,11 @@ class Layout:
         self._gradients: TaskGradients | None = None
         self._summed: TaskGradients | None = None
         self._captured: dict[str, nn.Parameter] = {}
+        self._held: list[Tensor] = []  # what optimizers trained when the buffers were made
+        self._summed_held: list[Tensor] = []
+        self._reached: Any = None  # by which tasks, as restored
+        self._layer: list[str] | None = None  # the last that all tasks reach, as restored
+        self._warned: set[str] = set()
         self.probing = False  # whether J is never whole
 
     @property
@@ -42,6 +51,7 @@ class Layout:
     def gradients(self, optimizers: Sequence[Any]) -> TaskGradients:
         """Buffers for the task gradients, made on first use."""
         if self._gradients is None:
+            self._held = held(optimizers)
             parameters = self._trainable(optimizers)
             shared = shared_names(self.module, parameters, self.saved, self._saved_trainable)
             num_tasks = len(self.module.training_tasks)
@@ -49,11 +59,25 @@ class Layout:
             self._gradients = self._make(
                 parameters, num_tasks, shared, self.ranks, memory=memory, in_place=self.probing
             )
+            self._gradients.reach.restore(self._reached, list(parameters))
+            self._gradients.layer = self._layer
         return self._gradients
 
-    def summed(self, optimizers: Sequence[Any]) -> TaskGradients:
-        """A buffer for one gradient of all trainable parameters, which ranks add up."""
-        if self._summed is None:
+    def summed(self, optimizers: Sequence[Any], *, first: bool) -> TaskGradients:
+        """A buffer for one gradient of all trainable parameters, which ranks add up.
+
+        Args:
+            optimizers: of the fit.
+            first: whether a new gradient begins.
+
+        Raises:
+            ValueError: a parameter was frozen or unfrozen between micro-batches of one step.
+        """
+        now = held(optimizers)
+        if self._summed is None or not _the_same(now, self._summed_held):
+            if self._summed is not None and not first:
+                raise self._changed(optimizers, list(self._summed.parameters))
+            self._summed_held = now
             parameters = self._trainable(optimizers)
             names = list(parameters)
             make = ShardedParameters if self.ranks.sharded_parameters else TaskGradients
@@ -61,10 +85,18 @@ class Layout:
         return self._summed
 
     def capture(self, optimizers: Sequence[Any]) -> None:
-        """Note names before the first forward pass, after which FSDP2 shows other tensors."""
+        """Note names before the first forward pass, after which FSDP2 shows other tensors.
+
+        What optimizers train outside the module starts on every rank as on the first: DDP sees to
+        that for the module's parameters only.
+        """
         self._captured = trainable(self.module, optimizers)
         if self.ranks.sharded_parameters:
             check_sharded(self._captured)
+        own = {id(p) for p in self.module.parameters()}
+        for p in self._captured.values():
+            if id(p) not in own:
+                self.ranks.copy_first(p)
 
     def _trainable(self, optimizers: Sequence[Any]) -> dict[str, nn.Parameter]:
         if self.ranks.sharded_parameters:
@@ -85,43 +117,123 @@ class Layout:
     def release(self) -> None:
         """Free the buffers; what is shared stays known."""
         if self._gradients is not None:
-            self.saved = self._gradients.shared
-            self._saved_trainable = list(self._gradients.parameters)
-            self._gradients = None
+            self._keep(self._gradients, self._gradients.shared)
         self._summed = None
 
     def state_dict(self) -> dict[str, Any]:
         """Names of the shared and of all trainable parameters."""
         if self._gradients is not None and self._gradients.known:
             names = list(self._gradients.parameters)
-            return {"trainable": names, "shared": self._gradients.shared}
-        return {"trainable": self._saved_trainable, "shared": self.saved}
+            return {
+                "trainable": names,
+                "shared": self._gradients.shared,
+                "reached": self._gradients.reach.state(names),
+                "layer": self._gradients.layer,
+            }
+        return {
+            "trainable": self._saved_trainable,
+            "shared": self.saved,
+            "reached": self._reached,
+            "layer": self._layer,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue with the saved names."""
         self.saved, self._saved_trainable = state["shared"], state["trainable"]
+        # A checkpoint of an older version has none.
+        self._reached, self._layer = state.get("reached"), state.get("layer")
 
-    def check_frozen(self, optimizers: Sequence[Any]) -> None:
-        """Refuse parameters that were frozen or unfrozen since the shared ones were found."""
-        if self._gradients is None or not self._gradients.known:
+    def check_frozen(self, optimizers: Sequence[Any], *, first: bool, balanced: bool) -> None:
+        """Refuse parameters that were frozen or unfrozen since the layout was begun.
+
+        Asked in every step: one comparison of identities a parameter.
+
+        Args:
+            optimizers: of the fit.
+            first: whether a step begins, so that a layout of which nothing depends can be left.
+            balanced: whether a gradient balancer's state depends on it.
+
+        Raises:
+            ValueError: some were.
+        """
+        if self._gradients is None or _the_same(held(optimizers), self._held):
             return
-        if self.ranks.sharded_parameters:
+        if not first or (balanced and self._gradients.known):
+            raise self._changed(optimizers, list(self._gradients.parameters))
+        self.forget()
+        self.saved = self._saved_trainable = self._reached = self._layer = None
+
+    def _changed(self, optimizers: Sequence[Any], before: Sequence[str]) -> ValueError:
+        changed = sorted(set(trainable(self.module, optimizers)) ^ set(before))
+        return ValueError(
+            f"Expected the trainable parameters of the first step but {changed[:4]} "
+            f"{'were' if len(changed) > 1 else 'was'} frozen or unfrozen since. Balancing "
+            f"keeps one layout a fit: freeze before `fit`, and unfreeze in a new `fit` with "
+            f"`ckpt_path=None`."
+        )
+
+    def grow(self, balancer: GradientBalancer | None, optimizers: Sequence[Any]) -> None:
+        """Balance parameters that turned out to be shared, from the next step on.
+
+        They come behind the others, and state that follows the columns begins there as if they
+        had been shared from the start and no task had reached them. What a representation does
+        not stand for stays a sum, which is said once.
+        """
+        gradients = self._gradients
+        if gradients is None or not gradients.reach.late or self.module.shared_parameters():
             return
-        now, before = set(trainable(self.module, optimizers)), set(self._gradients.parameters)
-        if now != before:
-            changed = sorted(now ^ before)
-            raise ValueError(
-                f"Expected the trainable parameters of the first step but {changed[:4]} "
-                f"{'were' if len(changed) > 1 else 'was'} frozen or unfrozen since. Balancing "
-                f"keeps one layout a fit: freeze before `fit`, and unfreeze in a new `fit` with "
-                f"`ckpt_path=None`."
+        late, gradients.reach.late = gradients.reach.late, []
+        if balancer is not None and balancer.gradients.startswith("representation"):
+            self._warn_late(balancer, [name for name in late if name not in self._warned])
+            return
+        if balancer is not None:
+            balancer.unshard()
+            found = [real(gradients.parameters[name].detach()) for name in late]
+            balancer.widen(late, [p.numel() for p in found])
+        self._keep(gradients, [*(gradients.shared or ()), *late])
+        del gradients
+        self.gradients(optimizers)
+
+    def _keep(self, gradients: TaskGradients, shared: list[str] | None) -> None:
+        """Note what is shared, and let the buffers go."""
+        self.saved, self._saved_trainable = shared, list(gradients.parameters)
+        self._reached = gradients.reach.state(self._saved_trainable)
+        self._layer = gradients.layer
+        self._gradients = None
+
+    def _warn_late(self, balancer: GradientBalancer, late: list[str]) -> None:
+        if late:
+            self._warned.update(late)
+            rank_zero_warn(
+                f"{late[:4]}{' and more' * (len(late) > 4)} turned out to be shared after the "
+                f"first step, and get the sum of the weighted task gradients: with "
+                f"`gradients='{balancer.gradients}'` of {type(balancer).__name__}, shared "
+                f"parameters have to be known before. Name them in `shared_parameters()`, or use "
+                f"`gradients='parameters'`."
             )
 
 
 def trainable(module: nn.Module, optimizers: Sequence[Any]) -> dict[str, nn.Parameter]:
-    """Parameters that an optimizer trains, by name, each once."""
-    owned = {id(p) for o in optimizers for group in o.param_groups for p in group["params"]}
-    return {name: p for name, p in module.named_parameters() if p.requires_grad and id(p) in owned}
+    """Parameters that an optimizer trains, by name, each once: the module's, then others."""
+    owned = {id(p) for p in held(optimizers)}
+    found = {name: p for name, p in module.named_parameters() if id(p) in owned}
+    known = {id(p) for p in found.values()}
+    for j, optimizer in enumerate(optimizers):
+        for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+            if p.requires_grad and id(p) not in known:
+                known.add(id(p))
+                found[f"parameter {i} of optimizer {j}"] = p
+    return found
+
+
+def held(optimizers: Sequence[Any]) -> list[Tensor]:
+    """What optimizers train now, in their order."""
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    return [p for group in groups for p in group["params"] if p.requires_grad]
+
+
+def _the_same(now: Sequence[Tensor], before: Sequence[Tensor]) -> bool:
+    return len(now) == len(before) and all(map(operator.is_, now, before))
 
 
 def shared_names(

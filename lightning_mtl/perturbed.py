@@ -7,22 +7,23 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_mtl.again import losses_again, replayed
 from lightning_mtl.aggregate import _tell
 from lightning_mtl.balancer import GradientBalancer, at_least_float32
+from lightning_mtl.flat import real, with_places
 from lightning_mtl.group import Group
 from lightning_mtl.host import all_finite
-from lightning_mtl.jacobian import TaskGradients, _views
+from lightning_mtl.jacobian import TaskGradients
 from lightning_mtl.layout import no_shared
 from lightning_mtl.losses import TaskLosses
 
 if TYPE_CHECKING:
     from lightning_mtl.module import MultiTaskModule
 
-# Parameters, and what is to be added to them for a while.
-Moves = list[tuple[nn.Parameter, Tensor]]
+# Parameters as real tensors, and what is to be added to them for a while.
+Moves = list[tuple[Tensor, Tensor]]
 
 
 @runtime_checkable
@@ -186,18 +187,18 @@ def _own_gradients(
     flat = []
     for own, found in zip(names, heads, strict=True):
         parts = [found[n] if n in found else torch.zeros_like(gradients.parameters[n]) for n in own]
-        joined = torch.cat([p.flatten() for p in parts]) if parts else torch.zeros(0)
+        joined = torch.cat([real(p).flatten() for p in parts]) if parts else torch.zeros(0)
         flat.append(ranks.sum_(at_least_float32(joined)) if parts else joined)
     return list(zip(names, flat, strict=True))
 
 
 def _of_trunk(gradients: TaskGradients, row: Tensor) -> Moves:
-    shared = [gradients.parameters[name] for name in gradients.shared or ()]
-    return list(zip(shared, _views(row, shared), strict=True))
+    shared = [real(gradients.parameters[name].detach()) for name in gradients.shared or ()]
+    return list(zip(shared, with_places(row, shared), strict=True))
 
 
 def _of_heads(gradients: TaskGradients, names: Sequence[str], flat: Tensor) -> Moves:
-    own = [gradients.parameters[name] for name in names]
+    own = [real(gradients.parameters[name].detach()) for name in names]
     parts = flat.split([p.numel() for p in own]) if own else ()
     return [(p, part.view(p.shape)) for p, part in zip(own, parts, strict=True)]
 
@@ -237,7 +238,7 @@ def _add_row(
 def _moved(moves: Moves) -> Iterator[None]:
     """Parameters moved for a while, then as they were, bit for bit."""
     parameters = [p for p, _ in moves]
-    before = [p.detach().clone() for p in parameters]
+    before = [p.clone() for p in parameters]
     try:
         with torch.no_grad():
             for p, move in moves:

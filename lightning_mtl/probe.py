@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from lightning_mtl import inner
 from lightning_mtl.balancer import Columns, GradientBalancer
+from lightning_mtl.flat import as_grad, real
 from lightning_mtl.graph import reachable
-from lightning_mtl.heads import HeadGradients
+from lightning_mtl.heads import HeadGradients, refuse_sparse
 from lightning_mtl.jacobian import TaskGradients
 from lightning_mtl.layout import no_shared
 from lightning_mtl.storage import combined
@@ -46,7 +47,7 @@ class Probe:
         self.scale = scale
         self.gradients = gradients
         self.tensors = list(tensors)
-        self.representation = tensors[0].detach() if representation else None
+        self.representation = real(tensors[0].detach()) if representation else None
         self.losses: list[Tensor | None] = [None] * gradients.num_tasks
         self.rows = gradients.narrow_rows(self.tensors)
 
@@ -56,9 +57,8 @@ class Probe:
         if self.representation is not None:
             return Columns(("representation",), (self.rows.shape[1],))
         names = {id(p): name for name, p in self.gradients.parameters.items()}
-        return Columns(
-            tuple(names[id(t)] for t in self.tensors), tuple(t.numel() for t in self.tensors)
-        )
+        sizes = tuple(real(t.detach()).numel() for t in self.tensors)
+        return Columns(tuple(names[id(t)] for t in self.tensors), sizes)
 
     def collect(self, losses: TaskLosses) -> None:
         """The rows and head gradients of a micro-batch; keeps the graph for the direction."""
@@ -66,14 +66,23 @@ class Probe:
             value = value if count * self.scale == 1 else value * (count * self.scale)
             self.losses[t] = value
             grads = self.gradients.add_heads(t, value, self.tensors)
+            self._dense(self.tensors, grads)
             parts = [
-                g.flatten() if g is not None else self.rows.new_zeros(tensor.numel())
+                real(g if g is not None else torch.zeros_like(tensor)).flatten()
                 for g, tensor in zip(grads, self.tensors, strict=True)
             ]
             torch.cat([p.to(self.rows.dtype) for p in parts], out=self.rows[t])
         for t, loss in enumerate(self.losses):
             if loss is None:
                 self.rows[t].zero_()
+
+    def _dense(self, tensors: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
+        """Refuse sparse gradients by name."""
+        if any(g is not None and g.layout != torch.strided for g in grads):
+            by_id = {id(p): name for name, p in self.gradients.parameters.items()}
+            names = [by_id.get(id(t), "the representation") for t in tensors]
+            found = [(n, g) for n, g in zip(names, grads, strict=True) if g is not None]
+            refuse_sparse([n for n, _ in found], [g for _, g in found])
 
     def finish(self) -> Tensor:
         """The rows, shape ``(T, width of the tensors)``; those of parameters summed over ranks."""
@@ -115,6 +124,10 @@ class Probe:
         """As that of :class:`TaskGradients`."""
         self.gradients.agree()
 
+    def note_late(self) -> None:
+        """As that of :class:`TaskGradients`."""
+        self.gradients.note_late()
+
     @property
     def heads(self) -> HeadGradients:
         """Those of the tasks."""
@@ -134,7 +147,7 @@ class Probe:
         shared = [self.gradients.parameters[name] for name in self.gradients.shared or ()]
         if self.representation is not None:
             (z,) = self.tensors
-            outputs = [direction.view_as(z).to(z.dtype)]
+            outputs = [as_grad(direction.view_as(real(z.detach())), z)]
             grads = torch.autograd.grad([z], shared, outputs, allow_unused=True)
         else:
             terms = [
@@ -181,7 +194,7 @@ def open_probe(
     check_shared(module, balancer, gradients, f"`gradients='{level}'`")
     tensors: Sequence[Tensor] = marked
     if level == "last_layer":
-        tensors = last_layer(module, gradients)
+        tensors = last_layer(module, balancer, gradients, losses)
     elif len(marked) != 1 or not marked[0].requires_grad:
         raise ValueError(
             f"Expected one shared representation a batch with `gradients='{level}'` of "
@@ -214,17 +227,23 @@ def check_shared(
         raise ValueError(no_shared(module, type(balancer).__name__))
 
 
-def last_layer(module: MultiTaskModule, gradients: TaskGradients) -> list[nn.Parameter]:
-    """Parameters of the last shared layer: given, or of the module that owns the last of them.
+def last_layer(
+    module: MultiTaskModule,
+    balancer: GradientBalancer,
+    gradients: TaskGradients,
+    losses: TaskLosses,
+) -> list[nn.Parameter]:
+    """Parameters of the last shared layer: given, or the last that every task reaches.
 
     Raises:
-        ValueError: ``last_shared_layer()`` returns what is no shared parameter.
+        ValueError: ``last_shared_layer()`` returns what is no shared parameter, or there is no
+            layer that every task reaches.
     """
-    shared = {name: gradients.parameters[name] for name in gradients.shared or ()}
     given: Iterable[nn.Parameter] | None = module.last_shared_layer()
     if given is None:
-        owner = next(reversed(shared)).rpartition(".")[0]
-        return [p for name, p in shared.items() if name.rpartition(".")[0] == owner]
+        names = _found_layer(module, balancer, gradients, losses)
+        return [gradients.parameters[name] for name in names]
+    shared = {name: gradients.parameters[name] for name in gradients.shared or ()}
     chosen = list(given)
     known = {id(p) for p in shared.values()}
     if not chosen or any(id(p) not in known for p in chosen):
@@ -234,6 +253,32 @@ def last_layer(module: MultiTaskModule, gradients: TaskGradients) -> list[nn.Par
             f"before. Return for example `self.encoder[-1].parameters()`."
         )
     return chosen
+
+
+def _found_layer(
+    module: MultiTaskModule,
+    balancer: GradientBalancer,
+    gradients: TaskGradients,
+    losses: TaskLosses,
+) -> list[str]:
+    """Names of the parameters that all tasks reach, of the module that owns the last of them.
+
+    In the order of ``named_parameters()``, of which what is outside the module has none.
+    """
+    gradients.trace(losses)
+    if gradients.layer is None:
+        shared, own = set(gradients.shared or ()), {id(p) for p in module.parameters()}
+        names = [n for n, p in gradients.parameters.items() if n in shared and id(p) in own]
+        common = gradients.reach.common(names)
+        if not common:
+            raise ValueError(
+                f"Expected a layer that all of the tasks {list(module.training_tasks)} reach with "
+                f"`gradients='last_layer'` of {type(balancer).__name__} but found none. Override "
+                f"`last_shared_layer()` to name one, or use `gradients='parameters'`."
+            )
+        owner = common[-1].rpartition(".")[0]
+        gradients.layer = [n for n in common if n.rpartition(".")[0] == owner]
+    return gradients.layer
 
 
 def check_behind(

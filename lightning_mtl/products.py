@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_mtl import inner
 from lightning_mtl.again import Reached, Seen, replayed
+from lightning_mtl.flat import as_grad, real
 from lightning_mtl.host import to_host
 from lightning_mtl.jacobian import TaskGradients
 from lightning_mtl.probe import Probe
@@ -86,13 +87,13 @@ class Products(Probe):
         """
         (z,), gradients = self.tensors, self.gradients
         shared = [gradients.parameters[name] for name in gradients.shared or ()]
-        output = (weights.to(self.rows) @ self.rows).view_as(z).to(z.dtype)
+        output = as_grad((weights.to(self.rows) @ self.rows).view_as(real(z.detach())), z)
         grads = torch.autograd.grad([z], shared, [output], retain_graph=True, allow_unused=True)
         gradients.begin_row()
         gradients.add_to_row(0, grads)
         direction = gradients.combined()
         change = self._change(shared, gradients.row_views(0))
-        product = self.sum_shards(inner.along(self.rows, change.flatten()))
+        product = self.sum_shards(inner.along(self.rows, real(change).flatten()))
         length = inner.gramian(direction[None])
         found, length, *self._estimates = to_host(product, length, *self._estimates)
         self._check(float(weights.to(found) @ found), float(length))
@@ -130,7 +131,7 @@ class Products(Probe):
                 warnings.filterwarnings("ignore", "`torch.jit", FutureWarning)
                 warnings.filterwarnings("ignore", "`torch.jit", DeprecationWarning)
                 pairs = zip(shared, tangents, strict=True)
-                duals = {id(p): forward_ad.make_dual(p.detach(), t.to(p.dtype)) for p, t in pairs}
+                duals = {id(p): forward_ad.make_dual(p.detach(), as_grad(t, p)) for p, t in pairs}
                 with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no forward mode
                     again = self._again(duals)
                 change = forward_ad.unpack_dual(again).tangent

@@ -45,6 +45,7 @@ class Stateful(Callback):
         self._defaults: dict[str, Any] = {}
         self._per_task: set[str] = set()
         self._columns: set[str] = set()
+        self._tensors: set[str] = set()
         self._divided: set[str] = set()  # column states of which this process has a part only
         self._seed: int | None = None
         self._initial_seed: int | None = None
@@ -65,7 +66,13 @@ class Stateful(Callback):
             setattr(self, name, value.clone() if shared else value)
 
     def add_state(
-        self, name: str, default: Any, *, per_task: bool = False, columns: bool = False
+        self,
+        name: str,
+        default: Any,
+        *,
+        per_task: bool = False,
+        columns: bool = False,
+        tensors: bool = False,
     ) -> None:
         """Declare state: that alone makes it saved, restored and reset.
 
@@ -78,10 +85,13 @@ class Stateful(Callback):
                 stay as they are.
             columns: the last dimension are the columns of the Jacobian. Where each process has
                 only some of them, it keeps its part, and checkpoints hold the whole.
+            tensors: the last dimension are the shared parameters.
         """
         self._defaults[name] = default
         if columns:
             self._columns.add(name)
+        if tensors:
+            self._tensors.add(name)
         if per_task:
             self._per_task.add(name)
         setattr(self, name, None if per_task else _copy(default))
@@ -256,6 +266,22 @@ class Stateful(Callback):
             vars(self).pop(name, None)
         for nested in self.nested().values():
             nested.unshard()
+
+    def widen(self, names: Sequence[str], sizes: Sequence[int]) -> None:
+        """Make room for shared parameters that were found late, behind the others.
+
+        Args:
+            names: of these parameters.
+            sizes: how many columns each has.
+        """
+        for states, more in ((self._columns, sum(sizes)), (self._tensors, len(names))):
+            for name in states:
+                state, default = getattr(self, name), self._defaults[name]
+                if state is not None:
+                    state = torch.nn.functional.pad(state, (0, more), value=default or 0.0)
+                    setattr(self, name, state)
+        for nested in self.nested().values():
+            nested.widen(names, sizes)
 
     def _whole(self, name: str) -> Any:
         value = getattr(self, name)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+from lightning_mtl.flat import real
 
 Memory = Literal["full", "bf16", "host", "blocks"]
 """``"full"``: on the device, in float32 or wider. ``"bf16"``: on the device, in half the memory.
@@ -30,6 +32,18 @@ def allocate(number: int, width: int, memory: Memory, like: Tensor, dtype: torch
     if memory == "host" and like.device.type == "cuda":
         return torch.zeros(number, width, dtype=dtype, pin_memory=True)
     return torch.zeros(number, width, dtype=dtype, device=like.device)
+
+
+def narrow(before: Tensor | None, number: int, tensors: Sequence[Tensor]) -> Tensor:
+    """Rows as wide as all of ``tensors``, in at least float32: those of before where they fit."""
+    tensors, dtype = [real(t.detach()) for t in tensors], torch.float32
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    shape, device = (number, sum(t.numel() for t in tensors)), tensors[0].device
+    same = before is not None and before.shape == shape
+    if before is not None and same and (before.dtype, before.device) == (dtype, device):
+        return before
+    return torch.empty(shape, dtype=dtype, device=device)
 
 
 def combine(rows: Tensor, weights: Tensor, out: Tensor) -> Tensor:

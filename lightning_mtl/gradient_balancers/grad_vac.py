@@ -206,10 +206,8 @@ class GradVac(GradientBalancer):
             return super().direction(jacobian, losses)
         wide = at_least_float32(jacobian)
         columns = self.columns
-        names = ("",) if columns is None else columns.names
+        names = self._groups(("",) if columns is None else columns.names)
         sizes = [jacobian.shape[1]] if columns is None else list(columns.sizes)
-        if self.groups == "layer":
-            names = tuple(name.rpartition(".")[0] for name in names)  # the module it belongs to
         number = {name: k for k, name in enumerate(dict.fromkeys(names))}
         group = torch.tensor([number[name] for name in names], device=wide.device)
         parts = wide.split(sizes, dim=1)
@@ -218,6 +216,17 @@ class GradVac(GradientBalancer):
         weights = rescaled(self._weights(summed).T, self.scale, "sum")[:, group]
         found = [combined(part, weights[:, k]) for k, part in enumerate(parts)]
         return torch.cat(found).to(jacobian.dtype)
+
+    def _groups(self, names: Sequence[str]) -> list[str]:
+        """The group of each parameter: itself, or the module it belongs to."""
+        return [n.rpartition(".")[0] if self.groups == "layer" else n for n in names]
+
+    def widen(self, names: Sequence[str], sizes: Sequence[int]) -> None:
+        """Begin with targets of zero for groups that are new."""
+        super().widen(names, sizes)
+        if self.targets is not None and self.groups != "model" and self.columns is not None:
+            more = set(self._groups(names)) - set(self._groups(self.columns.names))
+            self.targets = torch.nn.functional.pad(self.targets, (0, len(more)))
 
     def _weights(self, gramians: Tensor) -> Tensor:
         """Weights of shape ``(K, T)`` for Gramians of shape ``(K, T, T)``."""

@@ -104,9 +104,9 @@ class MetaBalance(GradientBalancer):
         self.relax = in_range(self, "relax", relax, 0.0, 1.0, open_high=False)
         self.beta = in_range(self, "beta", beta, 0.0, 1.0)
         self._name = target if isinstance(target, str) else None
-        self.add_state("averages", 0.0, per_task=True)
+        self.add_state("averages", 0.0, per_task=True, tensors=True)
         self.add_state("count", 0.0, per_task=True)
-        self.add_state("reference", None)
+        self.add_state("reference", None, tensors=True)
 
     def check_tasks(self, tasks: Sequence[str]) -> None:
         """Find the target among all tasks of the run.

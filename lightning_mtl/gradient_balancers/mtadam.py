@@ -99,7 +99,7 @@ class MTAdam(GradientBalancer):
         self._ranks = PerTask(self, "ranks", ranks)
         self.add_state("first", 0.0, per_task=True, columns=True)
         self.add_state("second", 0.0, per_task=True, columns=True)
-        self.add_state("norms", 0.0, per_task=True)
+        self.add_state("norms", 0.0, per_task=True, tensors=True)
         self.add_state("count", 0.0, per_task=True)
 
     def check_tasks(self, tasks: Sequence[str]) -> None:

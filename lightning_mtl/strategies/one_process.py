@@ -40,6 +40,9 @@ class OneProcess:
         """The largest value over processes, in place and returned."""
         return tensor
 
+    def copy_first(self, tensor: Tensor) -> None:
+        """Overwrite a tensor by that of the first process."""
+
     def gather(self, value: Any) -> list[Any]:
         """What every process has, in the order of ranks; plain values only."""
         return [value]

@@ -46,6 +46,12 @@ class DataParallel(OneProcess):
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return tensor
 
+    def copy_first(self, tensor: Tensor) -> None:
+        """Overwrite a tensor by that of the first process."""
+        here = tensor.detach().to(self.device)
+        dist.broadcast(here, 0)
+        tensor.detach().copy_(here)
+
     def gather(self, value: Any) -> list[Any]:
         """What every process has, in the order of ranks; plain values only."""
         found: list[Any] = [None] * self.size

@@ -46,11 +46,11 @@ class ShardedGradients(TaskGradients):
         """How many columns all processes have together."""
         return self._total
 
-    def _allocate(self, total: int, like: Tensor, dtype: torch.dtype) -> Tensor:
+    def _allocate(self, total: int, like: Tensor) -> Tensor:
         self._total = total
-        self.shard = super()._allocate(self.width, like, dtype)
-        self._own = self._line(self.width, like, dtype)
-        return super()._allocate(self.width * self.ranks.size, like, dtype)
+        self.shard = super()._allocate(self.width, like)
+        self._own = like.new_empty(self.width)
+        return super()._allocate(self.width * self.ranks.size, like)
 
     def finish(self) -> Tensor:
         """This process's columns of the Jacobian of the step, shape ``(T, m)``."""

@@ -1,0 +1,49 @@
+"""Parameters as parts of one flat vector of real numbers, each with its own strides."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+# Shape, strides and offset of each part.
+Places = list[tuple[torch.Size, tuple[int, ...], int]]
+
+
+def real(tensor: Tensor) -> Tensor:
+    """The tensor; a complex one as real numbers, with a last dimension of 2."""
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+def places(parameters: Iterable[Tensor]) -> Places:
+    """Where each real parameter lies in a vector that has one after the other.
+
+    With its own strides where these fill it without gap or overlap (``view`` would lose
+    channels_last), else contiguous, as autograd's own gradients are.
+    """
+    found, offset = [], 0
+    for p in parameters:
+        like = torch.empty_like(p, device="meta")
+        stride = like.stride() if like.stride() == p.stride() else like.contiguous().stride()
+        found.append((p.shape, stride, offset))
+        offset += p.numel()
+    return found
+
+
+def views(flat: Tensor, parts: Places) -> list[Tensor]:
+    """The parts of a vector."""
+    start = flat.storage_offset()
+    return [flat.as_strided(shape, stride, start + offset) for shape, stride, offset in parts]
+
+
+def as_grad(part: Tensor, parameter: Tensor) -> Tensor:
+    """What a part is as the gradient of a parameter: in its dtype, complex where that is."""
+    if parameter.is_complex() and not part.is_complex():
+        part = torch.view_as_complex(part.clone())
+    return part if part.dtype == parameter.dtype else part.to(parameter.dtype)
+
+
+def with_places(flat: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
+    """The parts of a vector that belong to real parameters."""
+    return views(flat, places(parameters))

@@ -1,0 +1,104 @@
+"""Which task reaches which parameter: from the first step on, and later."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_mtl.graph import reachable
+from lightning_mtl.losses import TaskLosses
+from lightning_mtl.strategies.one_process import OneProcess
+
+
+class Reach:
+    """What each task has reached so far, by name.
+
+    Args:
+        num_tasks: number of active tasks T.
+
+    Attributes:
+        by_task: names; ``None`` for a task whose graph nobody has looked at.
+        late: parameters outside the rows that turned out to be shared.
+    """
+
+    def __init__(self, num_tasks: int) -> None:
+        self.by_task: list[set[str] | None] = [None] * num_tasks
+        self.late: list[str] = []
+
+    @property
+    def needed(self) -> int:
+        """How many tasks make a parameter shared."""
+        return min(2, len(self.by_task))
+
+    def shared(self, names: Iterable[str]) -> list[str]:
+        """Those of ``names`` that enough tasks reach."""
+        met = [found for found in self.by_task if found is not None]
+        return [n for n in names if sum(n in found for found in met) >= self.needed]
+
+    def common(self, names: Iterable[str]) -> list[str]:
+        """Those of ``names`` that every task reaches of which that is known."""
+        met = [found for found in self.by_task if found is not None]
+        return [n for n in names if all(n in found for found in met)]
+
+    def note(self, heads: Sequence[Collection[str]], outside: Sequence[str]) -> None:
+        """Look for parameters that a task reaches for the first time.
+
+        A set difference a task, since it is done in every step.
+
+        Args:
+            heads: names outside the rows that each task reaches in this step.
+            outside: all of these names, in their order.
+        """
+        first = False
+        for found, names in zip(self.by_task, heads, strict=True):
+            if found is not None and not found.issuperset(names):
+                found.update(names)
+                first = True
+        if first:
+            self.late = self.shared(outside)
+
+    def state(self, order: Sequence[str]) -> list[int] | None:
+        """A number for each name, a bit a task; ``None`` where a task is not known."""
+        if any(found is None for found in self.by_task):
+            return None
+        return [
+            sum(1 << t for t, found in enumerate(self.by_task) if found and n in found)
+            for n in order
+        ]
+
+    def restore(self, state: Any, order: Sequence[str]) -> None:
+        """Continue with what :meth:`state` gave for the same names."""
+        if state is not None and len(state) == len(order):
+            self.by_task = [
+                {n for n, bits in zip(order, state, strict=True) if bits >> t & 1}
+                for t in range(len(self.by_task))
+            ]
+
+
+def from_graph(losses: TaskLosses, parameters: Mapping[str, Tensor], num: int) -> list[set[str]]:
+    """What each task of a batch reaches, from the graphs of its losses.
+
+    Args:
+        losses: with graphs.
+        parameters: of interest, by name.
+        num: number of active tasks T.
+    """
+    names = {id(p): name for name, p in parameters.items()}
+    reached: list[set[str]] = [set() for _ in range(num)]
+    for t, loss, _, _ in losses:
+        reached[t] = {names[i] for i in reachable(loss) if i in names}
+    return reached
+
+
+def on_any_rank(
+    reached: Sequence[Collection[str]], order: Sequence[str], ranks: OneProcess
+) -> list[set[str]]:
+    """What each task reaches on any rank: they may have met different tasks."""
+    if ranks.alone:
+        return [set(names) for names in reached]
+    table = torch.tensor([[n in names for n in order] for names in reached])
+    table = ranks.max_(table.to(ranks.device, torch.uint8))
+    return [{order[i] for i in row.nonzero()[:, 0]} for row in table.cpu()]
