@@ -9,6 +9,7 @@ from typing import Any
 
 # What a foreign base may define in place of ours, and hooks in which both have something to do.
 _INSTEAD = ("validation_step", "test_step", "predict_step", "configure_callbacks")
+_running: set[tuple[int, str]] = set()  # modules and hooks of foreign bases that run now
 _BOTH = ("on_validation_epoch_end", "on_test_epoch_end", "on_load_checkpoint")
 
 
@@ -41,9 +42,25 @@ def adopt(cls: Any, ours: Any, foreign: list[type]) -> None:
 def _both(theirs: Callable[..., Any], ours: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(theirs)
     def hook(self: Any, *args: Any, **kwargs: Any) -> Any:
-        result = theirs(self, *args, **kwargs)
-        ours(self, *args, **kwargs)  # once more where theirs called `super()`, which does no harm
+        running = (id(self), ours.__name__)
+        _running.add(running)
+        try:
+            result = theirs(self, *args, **kwargs)
+        finally:
+            _running.discard(running)
+        ours(self, *args, **kwargs)
         return result
+
+    return hook
+
+
+def last(ours: Callable[..., Any]) -> Callable[..., Any]:
+    """A hook of ours that follows one of a foreign base, also where that calls ``super()``."""
+
+    @functools.wraps(ours)
+    def hook(self: Any, *args: Any, **kwargs: Any) -> None:
+        if (id(self), ours.__name__) not in _running:
+            ours(self, *args, **kwargs)
 
     return hook
 

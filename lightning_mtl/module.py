@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lightning_mtl.bad import OnBadLoss
 from lightning_mtl.evaluation import Evaluation
 from lightning_mtl.flow import Flow
-from lightning_mtl.inherit import adopt, check_constructor, foreign_bases, with_index
+from lightning_mtl.inherit import adopt, check_constructor, foreign_bases, last, with_index
 from lightning_mtl.losses import check_task_names, known_tasks
 from lightning_mtl.record import StepRecord
 from lightning_mtl.reserved import assigned, check_class
@@ -243,16 +243,19 @@ class MultiTaskModule(LightningModule):
             return self(batch[0])
         return self(batch)
 
+    @last
     def on_validation_epoch_end(self) -> None:
         """Log Δp when there is a baseline; call ``super()`` last when you override it."""
         self._evaluation.log_delta_p(self, "val")
 
+    @last
     def on_test_epoch_end(self) -> None:
         """Log Δp when there is a baseline; call ``super()`` last when you override it."""
         self._evaluation.log_delta_p(self, "test")
 
     # ------------------------------------------------------------ for Lightning
 
+    @last
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse to resume from other tasks while no weight is loaded yet; call ``super()`` too."""
         state = checkpoint.get("callbacks", {}).get(TrainerFlags.__name__)
