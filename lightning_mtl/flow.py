@@ -19,6 +19,7 @@ from lightning_mtl.backward import Backward
 from lightning_mtl.balancer import Balancer, GradientBalancer, at_least_float32
 from lightning_mtl.group import Group
 from lightning_mtl.layout import Layout
+from lightning_mtl.lonely import Lonely
 from lightning_mtl.loss_balancers import EqualWeighting
 from lightning_mtl.losses import (
     TaskLosses,
@@ -79,6 +80,8 @@ class Flow:
         self._told = False
         self._heard = False  # whether it is known who listens to hooks
         self._first_done = False
+        self._counted: set[int] = set()  # tasks that have brought label counts
+        self._lonely = Lonely(type(gradient).__name__) if self.gradient_balancer is not None else None
         self._uneven = False  # whether label counts or absent tasks were met under accumulation
         if self.gradient_balancer is not None or self.observers:
             # A compiled backward pass may otherwise free what the next task's pass needs.
@@ -176,6 +179,8 @@ class Flow:
     def _train(self, losses: TaskLosses, batch_idx: int, seen: Seen | None) -> None:
         trainer = self.trainer
         stepping = not trainer.fit_loop._should_accumulate()
+        losses.counted |= self._counted
+        self._counted = losses.counted
         if self._group is None:
             self._group = self._begin_group(losses, single=stepping)
             zero_grad(trainer, batch_idx, self.backward.hooks)
@@ -190,6 +195,8 @@ class Flow:
         self._uneven |= group.uneven
         if stepping and not group.skip:
             self.module.automatic_optimization = True
+            if self._lonely is not None and self._lonely.over(group.present()):
+                self._lonely = None
             if step_optimizers(trainer, batch_idx, total):
                 self._learn(group)
             if not group.overflow and losses_due(trainer):
@@ -208,7 +215,7 @@ class Flow:
         group = Group(self._observed, [None] * len(tasks), [0.0] * len(tasks))
         rows = self._observed
         if not single:
-            self._uneven |= losses.uneven(len(tasks))
+            self._uneven |= losses.uneven(len(tasks), plain=self.backward.plain)
             rows |= self._uneven or self.loss_balancer.needs_current_losses
         group.uneven = self._uneven
         group.late = self._late()
@@ -280,6 +287,9 @@ class Flow:
 
     def mark(self, representation: Tensor) -> None:
         """Note the shared representation of the batch."""
+        marked = self.gradient_balancer is not None and self.gradient_balancer.gradients
+        if marked and marked.startswith("representation") and torch.compiler.is_compiling():
+            torch._dynamo.graph_break()  # else no path leads from this tensor to the losses
         if self.replaying:
             self.replaying = False
             raise Reached(representation)
