@@ -86,6 +86,10 @@ class Flow:
         if self.gradient_balancer is not None or self.observers:
             # A compiled backward pass may otherwise free what the next task's pass needs.
             torch._functorch.config.donated_buffer = False
+        marked = gradient is not None and gradient.gradients.startswith("representation")
+        if marked and "torch._dynamo" in sys.modules:
+            # Inside a compiled graph no path would lead from the representation to the losses.
+            self.mark = torch.compiler.disable(self.mark)  # type: ignore[method-assign]
         if module.task_names:
             check_tasks(self.balancers, module.task_names)
         check_batches(trainer, self.gradient_balancer)
@@ -287,9 +291,6 @@ class Flow:
 
     def mark(self, representation: Tensor) -> None:
         """Note the shared representation of the batch."""
-        marked = self.gradient_balancer is not None and self.gradient_balancer.gradients
-        if marked and marked.startswith("representation") and torch.compiler.is_compiling():
-            torch._dynamo.graph_break()  # else no path leads from this tensor to the losses
         if self.replaying:
             self.replaying = False
             raise Reached(representation)

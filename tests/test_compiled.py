@@ -97,6 +97,8 @@ def test_losses_are_compiled() -> None:
     assert Own.runs == 1  # shared parameters are found without compilation
 
 
+# Said by torch of every tensor that crosses a break between two compiled graphs.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize("gradients", ["representation", "representation+1"])
 def test_gradients_at_a_part(gradients: str) -> None:
     expected = fitted(Marked(), [MinNorm(gradients=gradients)])
