@@ -56,6 +56,8 @@ class Backward:
         self.loss_balancer = loss_balancer
         self.gradient_balancer = gradient_balancer
         self.limit: Limit | None = None  # what a balancer asks of losses
+        # No balancer: an absent task counts for zero, as when users add the losses up themselves.
+        self.plain = type(loss_balancer) is EqualWeighting and gradient_balancer is None
         self.scaler: Any = getattr(trainer.precision_plugin, "scaler", None)
         self.hooks: set[str] = set()  # those of a backward pass that somebody listens to
         self._summed: Group | None = None  # what `record` will tell of a summed backward pass
@@ -203,9 +205,10 @@ class Backward:
 
     def _note_uneven(self, losses: TaskLosses, group: Group, stepping: bool) -> None:
         """Say what a task that is missing from a micro-batch of summed losses leads to."""
-        every = self.trainer.accumulate_grad_batches
+        if self.trainer.accumulate_grad_batches == 1 or group.uneven:
+            return
         alone = stepping and group.received == 1
-        if every > 1 and not (alone or group.uneven) and losses.uneven(len(group.counts)):
+        if not alone and losses.uneven(len(group.counts), plain=self.plain):
             group.uneven = True
             rank_zero_warn(
                 "A task is missing from a micro-batch, or brings a label count. This optimiser "
@@ -246,8 +249,7 @@ class Backward:
                 p.grad = None
 
     def _weighted_sum(self, losses: TaskLosses, group: Group) -> Tensor:
-        plain = type(self.loss_balancer) is EqualWeighting and group.reused is None
-        if plain and losses.joint is None:
+        if self.plain and losses.joint is None:
             return losses.total()
         weights = self._loss_weights(losses, group)
         if not losses.tasks:
@@ -270,7 +272,9 @@ class Backward:
                     found = checked(found, self.loss_balancer, means, look=look)
                 group.loss_weights = of_all(found, rows[1], len(rows[0]), means)
             weights = self._of(group.loss_weights, losses, group.loss_weights)
-        return weights if losses.joint is None else weights * weights.new_tensor(losses.shares())
+        if losses.joint is None:
+            return weights
+        return weights * weights.new_tensor(losses.shares(plain=self.plain))
 
     def _of(self, weights: Tensor | None, losses: TaskLosses, like: Tensor) -> Tensor:
         """Weights of the tasks of a micro-batch, from those of all tasks."""
@@ -337,7 +341,7 @@ class Backward:
             gradients,
             jacobian,
             losses,
-            group.counts,
+            group.divisors(self.plain, self.layout.ranks.size),
             tasks,
             self.loss_balancer,
             balancer,

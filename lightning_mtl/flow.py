@@ -20,6 +20,7 @@ from lightning_mtl.bad import limit_of, run_or_leave_out
 from lightning_mtl.balancer import Balancer, GradientBalancer, at_least_float32
 from lightning_mtl.group import Group
 from lightning_mtl.layout import Layout
+from lightning_mtl.lonely import Lonely
 from lightning_mtl.loss_balancers import EqualWeighting
 from lightning_mtl.losses import (
     TaskLosses,
@@ -79,10 +80,16 @@ class Flow:
         self._told = False
         self._heard = False  # whether it is known who listens to hooks
         self._first_done = False
+        self._counted: set[int] = set()  # tasks that have brought label counts
+        self._lonely = Lonely(type(gradient).__name__) if self.gradient_balancer is not None else None
         self._uneven = False  # whether label counts or absent tasks were met under accumulation
         if self.gradient_balancer is not None or self.observers:
             # A compiled backward pass may otherwise free what the next task's pass needs.
             torch._functorch.config.donated_buffer = False
+        marked = gradient is not None and gradient.gradients.startswith("representation")
+        if marked and "torch._dynamo" in sys.modules:
+            # Inside a compiled graph no path would lead from the representation to the losses.
+            self.mark = torch.compiler.disable(self.mark)  # type: ignore[method-assign]
         if module.task_names:
             check_tasks(self.balancers, module.task_names)
         check_batches(trainer, self.gradient_balancer)
@@ -176,6 +183,8 @@ class Flow:
     def _train(self, losses: TaskLosses, batch_idx: int, seen: Seen | None) -> None:
         trainer = self.trainer
         stepping = not trainer.fit_loop._should_accumulate()
+        losses.counted |= self._counted
+        self._counted = losses.counted
         if self._group is None:
             # Before what a step needs is taken: gradients that nobody keeps are free by then.
             zero_grad(trainer, batch_idx, self.backward.hooks)
@@ -193,6 +202,8 @@ class Flow:
         self._uneven |= group.uneven
         if stepping and not group.skip:
             self.module.automatic_optimization = True
+            if self._lonely is not None and self._lonely.over(group.present()):
+                self._lonely = None
             if step_optimizers(trainer, batch_idx, total):
                 self._learn(group)
             self.layout.grow(self.gradient_balancer, trainer.optimizers)
@@ -212,7 +223,7 @@ class Flow:
         group = Group(self._observed, [None] * len(tasks), [0.0] * len(tasks))
         rows = self._observed
         if not single:
-            self._uneven |= losses.uneven(len(tasks))
+            self._uneven |= losses.uneven(len(tasks), plain=self.backward.plain)
             rows |= self._uneven or self.loss_balancer.needs_current_losses
         group.uneven = self._uneven
         group.late = self._late()

@@ -37,6 +37,7 @@ class Group:
         wanted: tasks whose rows are needed; ``None`` for all.
         seen: its micro-batches, where the losses are needed again.
         uneven: whether label counts or absent tasks were met under accumulation.
+        counted: tasks that brought label counts.
         representation: what the module marked as shared representation.
         received: number of micro-batches.
         skip: whether the step is to be left out.
@@ -54,6 +55,7 @@ class Group:
     wanted: set[int] | None = None
     seen: list[Seen] = field(default_factory=list)
     uneven: bool = False
+    counted: set[int] = field(default_factory=set)
     representation: list[Tensor] = field(default_factory=list)
     received: int = 0
     late: bool = False
@@ -66,6 +68,7 @@ class Group:
         self.received += 1
         self.skip |= losses.skip
         self.dropped |= losses.dropped
+        self.counted |= losses.counted
         if losses.joint is not None:
             for t in losses.present:
                 total, count = losses.joint[t], losses.joint_counts[t]
@@ -84,6 +87,20 @@ class Group:
     def present(self) -> list[int]:
         """Indices of the tasks that are there."""
         return [t for t, count in enumerate(self.counts) if count]
+
+    def divisors(self, plain: bool, size: int) -> list[float]:
+        """What the sum of each task's gradients is divided by, 0 for an absent task.
+
+        The counts, so that the mean is over what is there; with ``plain``, as without us, the
+        number of micro-batches of all ``size`` processes, except where labels are counted.
+        """
+        if not plain:
+            return self.counts
+        every = float(self.received * size)
+        return [
+            every if count and t not in self.counted else count
+            for t, count in enumerate(self.counts)
+        ]
 
     def mean_losses(self) -> Tensor:
         """Mean losses of the tasks that are there."""

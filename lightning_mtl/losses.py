@@ -30,6 +30,7 @@ class TaskLosses:
             of one process.
         joint_counts: sums of counts.
         size: number of processes.
+        counted: tasks whose labels were counted in any process, if only to none.
     """
 
     tasks: list[int]
@@ -40,6 +41,7 @@ class TaskLosses:
     joint: Tensor | None = None
     joint_counts: list[float] = field(default_factory=list)
     size: int = 1
+    counted: set[int] = field(default_factory=set)
     _total: Tensor | None = None
 
     def __iter__(self) -> Iterator[tuple[int, Tensor, float, bool]]:
@@ -69,16 +71,29 @@ class TaskLosses:
         """A weight of one for each task in :attr:`tasks`."""
         return torch.ones(len(self.tasks), device=self.values[0].device) if self.tasks else _NONE
 
-    def shares(self) -> list[float]:
-        """What part of the labels of each task in :attr:`tasks` this process has."""
+    def shares(self, *, plain: bool = False) -> list[float]:
+        """What part of the labels of each task in :attr:`tasks` this process has.
+
+        With ``plain``, what part of the processes it is, as in a mean over processes, except where
+        labels are counted.
+        """
         if self.joint is None:
             return [1.0] * len(self.tasks)
-        return [c / self.joint_counts[t] for t, c in zip(self.tasks, self.counts, strict=True)]
+        return [
+            1 / self.size if plain and t not in self.counted else c / self.joint_counts[t]
+            for t, c in zip(self.tasks, self.counts, strict=True)
+        ]
 
-    def uneven(self, num_tasks: int) -> bool:
-        """Whether a task is absent somewhere or brings a label count."""
+    def uneven(self, num_tasks: int, *, plain: bool = False) -> bool:
+        """Whether a task is absent somewhere, no matter where ``plain``, or brings a label count."""
         if self.joint is not None:
-            return any(count != self.size for count in self.joint_counts)
+            return any(
+                count != self.size and (t in self.counted or not plain)
+                for t, count in enumerate(self.joint_counts)
+            )
+        if plain:
+            here = dict(zip(self.tasks, self.counts, strict=True))
+            return any(here.get(t) != 1 for t in self.counted)
         return len(self.tasks) < num_tasks or any(count != 1 for count in self.counts)
 
     def stacked(self) -> Tensor:
@@ -206,6 +221,7 @@ def _read(losses: Any, declared: Sequence[str], active: Sequence[str]) -> TaskLo
         value, count = losses.get(task), 1.0
         if isinstance(value, tuple):
             value, count = _with_count(task, value)
+            read.counted.add(index)
         if value is None or count == 0:
             continue
         if not isinstance(value, Tensor):
@@ -241,14 +257,16 @@ def _agree(
     wrong: Exception | None,
 ) -> set[int]:
     """Sum losses and counts over ranks; returns the tasks whose loss is bad on any of them."""
-    table = torch.zeros(4, len(active), dtype=torch.float64)
+    table = torch.zeros(5, len(active), dtype=torch.float64)
     table[3] = wrong is not None
+    table[4, list(read.counted)] = 1
     for t, value, count in zip(read.tasks, values, read.counts, strict=True):
         usable = t not in bad
         table[:3, t] = torch.tensor([value * count if usable else 0.0, count, not usable])
     table = ranks.sum_(table.to(ranks.device))
     read.joint, read.size = table[0].to(ranks.dtype), ranks.size
-    _, read.joint_counts, flags, refused = table.tolist()
+    _, read.joint_counts, flags, refused, counted = table.tolist()
+    read.counted = {t for t, number in enumerate(counted) if number}
     if wrong is not None or any(refused):
         _raise_together(wrong, ranks)
     return {t for t, number in enumerate(flags) if number}

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
-from lightning_mtl.arguments import one_of, whole
 from lightning_mtl.bad import OnBadLoss
 from lightning_mtl.evaluation import Evaluation
 from lightning_mtl.flow import Flow
+from lightning_mtl.inherit import adopt, check_constructor, foreign_bases, last, with_index
 from lightning_mtl.losses import check_task_names, known_tasks
 from lightning_mtl.record import StepRecord
+from lightning_mtl.reserved import assigned, check_class
 from lightning_mtl.storage import Memory
 from lightning_mtl.supported import check_trainer
 from lightning_mtl.task import Task
@@ -56,6 +58,7 @@ def _with_skip(on_train_batch_start: Callable[..., Any]) -> Callable[..., Any]:
             self.automatic_optimization = True
         return result
 
+    started.ends_phase = True  # type: ignore[attr-defined]
     return started
 
 
@@ -117,18 +120,14 @@ class MultiTaskModule(LightningModule):
         baseline: Mapping[str, Mapping[str, float]] | str | Path | None = None,
         delta_p_metrics: Mapping[str, Mapping[str, bool]] | None = None,
     ) -> None:
-        super().__init__()
-        if on_bad_loss not in get_args(OnBadLoss):
-            raise ValueError(
-                f"Expected argument `on_bad_loss` to be one of {get_args(OnBadLoss)} but got "
-                f"{on_bad_loss!r}."
-            )
-        self.gradient_memory: Memory = one_of(
-            self, "gradient_memory", gradient_memory, get_args(Memory)
-        )
-        self.gradient_blocks = whole(self, "gradient_blocks", gradient_blocks)
+        if "_modules" not in vars(self):  # else a base's constructor has been called before
+            check_constructor(type(self), MultiTaskModule)
+            super().__init__()
+        # `reserved.py` checks what is assigned to these, here and later.
+        self.on_bad_loss: OnBadLoss = on_bad_loss
+        self.gradient_memory: Memory = gradient_memory
+        self.gradient_blocks = gradient_blocks
         self.automatic_optimization = False
-        self.on_bad_loss = on_bad_loss
         self.shard_gradients = shard_gradients
         self._declared: tuple[str, ...] | None = None
         self._active: tuple[str, ...] | None = None
@@ -244,16 +243,19 @@ class MultiTaskModule(LightningModule):
             return self(batch[0])
         return self(batch)
 
+    @last
     def on_validation_epoch_end(self) -> None:
         """Log Δp when there is a baseline; call ``super()`` last when you override it."""
         self._evaluation.log_delta_p(self, "val")
 
+    @last
     def on_test_epoch_end(self) -> None:
         """Log Δp when there is a baseline; call ``super()`` last when you override it."""
         self._evaluation.log_delta_p(self, "test")
 
     # ------------------------------------------------------------ for Lightning
 
+    @last
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse to resume from other tasks while no weight is loaded yet; call ``super()`` too."""
         state = checkpoint.get("callbacks", {}).get(TrainerFlags.__name__)
@@ -265,6 +267,21 @@ class MultiTaskModule(LightningModule):
         assert self._flow is not None
         return self._flow.training_step(batch, batch_idx)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, assigned(self, name, value))
+
+    def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
+        """As in every module, but not under a reserved name."""
+        super().register_buffer(name, assigned(self, name, tensor), persistent)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As in every module, but not under a reserved name."""
+        super().register_parameter(name, assigned(self, name, param))
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        """As in every module, but not under a reserved name."""
+        super().add_module(name, assigned(self, name, module))
+
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles leave the Trainer behind, and with it the running fit."""
         return {**super().__getstate__(), "_flow": None}
@@ -275,9 +292,15 @@ class MultiTaskModule(LightningModule):
         return []
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Attach our callback to whatever ``configure_callbacks`` a subclass or mixin defines."""
+        """Refuse reserved names, keep what other bases define, attach our callback in any case."""
         super().__init_subclass__(**kwargs)
+        foreign = foreign_bases(cls, MultiTaskModule)
+        check_class(cls, foreign)
+        adopt(cls, MultiTaskModule, foreign)
+        if inspect.isfunction(task_losses := vars(cls).get("task_losses")):
+            cls.task_losses = with_index(task_losses, cls.__name__, bound=False)  # type: ignore[method-assign]
         if not hasattr(cls.configure_callbacks, "attaches_flags"):
             cls.configure_callbacks = _with_flags(cls.configure_callbacks)  # type: ignore[method-assign]
-        if "on_train_batch_start" in vars(cls):
+        start = cls.on_train_batch_start
+        if start is not LightningModule.on_train_batch_start and not hasattr(start, "ends_phase"):
             cls.on_train_batch_start = _with_skip(cls.on_train_batch_start)  # type: ignore[method-assign]

@@ -41,6 +41,12 @@ def check_trainer(trainer: Trainer, module: MultiTaskModule, callbacks: Sequence
 
     name = type(module).__name__
     if type(module).training_step is not MultiTaskModule.training_step:
+        owner = next(base for base in type(module).__mro__ if "training_step" in vars(base))
+        if not issubclass(owner, MultiTaskModule):
+            raise MisconfigurationException(
+                f"{name} has the `training_step` of {owner.__name__}, which adds its losses up. Define "
+                f"`task_losses(self, batch, batch_idx)` in {name} and return a dict {{task: loss}}."
+            )
         raise MisconfigurationException(
             f"{name} overrides `training_step`, which is where MultiTaskModule balances. Rename "
             f"it to `task_losses(self, batch, batch_idx)` and return a dict {{task: loss}} instead "

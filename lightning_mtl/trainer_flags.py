@@ -22,6 +22,7 @@ from lightning.pytorch.core.optimizer import (
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.nn.parallel import DistributedDataParallel
 
+from lightning_mtl.compiled import compile_losses
 from lightning_mtl.flow import Flow
 from lightning_mtl.resume import get_rng, restore_loader, rng_of, set_rng, sync_progress
 from lightning_mtl.supported import check_optimizers, explain_folder
@@ -54,6 +55,7 @@ class TrainerFlags(Callback):
         if pl_module is not self.module:
             return  # another module runs under the same Trainer now
         self.module.automatic_optimization = False
+        compile_losses(self.module)
         self.module._evaluation.reset(self.module)
         if stage != "predict":
             self.module._evaluation.check_baseline(self.module)
