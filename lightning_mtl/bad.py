@@ -131,8 +131,8 @@ def bad_gradients(
         beyond = ", or is longer than 1e154, whose square is not" if squared else ""
         raise BadLossError(
             f"Expected finite gradients at optimiser step {step} but the gradient of "
-            f"{[tasks[t] for t in sorted(bad)]} is not{beyond}, though the loss is. No parameter was "
-            f"changed. {_LOOK}"
+            f"{[tasks[t] for t in sorted(bad)]} is not{beyond}, though the loss is. No "
+            f"parameter was changed. {_LOOK}"
         )
     return bad
 

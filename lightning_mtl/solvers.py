@@ -35,6 +35,16 @@ def resolution(kind: dtype) -> float:
     return (4.0 * finfo(float32).eps) ** 2 if kind == float64 else float(finfo(kind).eps)
 
 
+def unit_of(size: float) -> float:
+    """A power of two to measure numbers of about ``size`` in, so that float32 can hold squares.
+
+    Where it can anyway that is 1, and also for a size that is zero or not finite.
+    """
+    if not 0 < size < math.inf or 1e-12 < size < 1e12:
+        return 1.0
+    return math.ldexp(1.0, round(math.log2(size)))
+
+
 def gramian_array(gramian: Tensor) -> Array:
     """A Gramian as a float64 array.
 

@@ -404,8 +404,8 @@ def test_aggregation_is_outside_autocast() -> None:
     module = Balanced()
     run = trainer(callbacks=[balancer, Watcher()], precision="bf16-mixed")
     run.fit(module, DataLoader(Samples(4), batch_size=4))
-    assert balancer.seen.dtype == torch.float32
-    rounded = balancer.seen.bfloat16().float()
+    assert balancer.seen.dtype == torch.float64
+    rounded = balancer.seen.bfloat16().double()
     assert not torch.equal(rounded, balancer.seen)
     assert all(p.dtype == p.grad.dtype == torch.float32 for p in module.net.parameters())
 

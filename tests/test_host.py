@@ -97,7 +97,7 @@ def every(n: int) -> Every:
     return Every(n, MinNorm())
 
 
-ONCE = [MinNorm, CAGrad, UPGrad, DualBalance, NashMTL, partial(every, 1), partial(every, 3)]
+ONCE = [MinNorm, CAGrad, UPGrad, NashMTL, partial(every, 1), partial(every, 3)]
 ONCE += [partial(NashMTL, update_weights_every=2), LogLoss, GeometricMean, None]
 
 
@@ -106,6 +106,14 @@ ONCE += [partial(NashMTL, update_weights_every=2), LogLoss, GeometricMean, None]
 def test_one_transfer_a_step(monkeypatch: pytest.MonkeyPatch, make: Any, rule: str) -> None:
     callbacks = [] if make is None else [make()]
     assert counted(monkeypatch, rule, *callbacks) == (1, [])
+
+
+@pytest.mark.parametrize("rule", ["raise", "skip_step"])
+def test_a_direction_of_its_own_is_looked_at_once_more(
+    monkeypatch: pytest.MonkeyPatch, rule: str
+) -> None:
+    """What a method makes of finite gradients is known when it is there; weights are before."""
+    assert counted(monkeypatch, rule, DualBalance()) == (1, ["item"])
 
 
 @pytest.mark.parametrize("make", [MinNorm, CAGrad])
@@ -127,4 +135,5 @@ def test_reads_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
             jacobian.sum().item()
             return jacobian.sum(0)
 
-    assert counted(monkeypatch, "raise", Reads()) == (1, ["item"])
+    # The other one is the look at the direction: see the test of that.
+    assert counted(monkeypatch, "raise", Reads()) == (1, ["item", "item"])

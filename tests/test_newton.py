@@ -297,7 +297,7 @@ class TestReuse:
         norms = [norm for norm, _, _ in seen[:7]]
         assert [k for k, norm in enumerate(norms, 1) if abs(norm - 1) < 1e-5] == [1, 4, 7]
         (_, weighted, w), (_, plain, _) = seen[0], seen[7]
-        torch.testing.assert_close(weighted, w * plain)
+        torch.testing.assert_close(weighted, w.float() * plain)
 
 
 # ---------------------------------------------------------------------------------------- FairGrad

@@ -285,7 +285,7 @@ def test_targets_near_one_stay_finite() -> None:
 
 def test_a_pair_without_cosine_keeps_its_target() -> None:
     balancer, losses = GradVac(order="ascending"), torch.ones(3)
-    first = torch.tensor([[1.0, 1.0], [1.0, 0.0], [0.0, 1.0]])
+    first = torch.tensor([[1.0, 1.0], [1.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
     balancer.direction(first, losses)
     before = balancer.targets.clone()
     second = first.clone()

@@ -97,7 +97,7 @@ def test_the_other_estimate_is_that_of_a_linear_layer_behind() -> None:
         fit(MinNorm(gradients="representation+2"), max_steps=1)
     ((estimate, rows, z),) = found  # once a step
     layers = torch.einsum("tbo,bi->toi", rows.view(3, *z.shape), z).flatten(1)
-    torch.testing.assert_close(estimate, layers @ layers.T, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(estimate, (layers @ layers.T).double(), rtol=1e-4, atol=1e-6)
 
 
 def test_trials_leave_no_trace() -> None:

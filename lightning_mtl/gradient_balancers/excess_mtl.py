@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import get_args
 
 import numpy as np
@@ -11,10 +12,10 @@ from torch import Tensor
 from lightning_mtl import inner
 from lightning_mtl.arguments import Scale, in_range, one_of, rescaled, whole
 from lightning_mtl.balancer import GradientBalancer, as_weights, at_least_float32
-from lightning_mtl.solvers import Array, to_numpy
+from lightning_mtl.solvers import Array, to_numpy, unit_of
 
 
-def excess_risks(jacobian: Tensor, squares: Tensor) -> Tensor:
+def excess_risks(jacobian: Tensor, squares: Tensor, units: Sequence[float] | None = None) -> Tensor:
     r"""How far each task is from convergence, estimated from its gradients so far.
 
     .. math:: e_t = \sum_p \frac{g_{tp}^2}{\sqrt{A_{tp}}}
@@ -23,10 +24,12 @@ def excess_risks(jacobian: Tensor, squares: Tensor) -> Tensor:
         jacobian: task gradients :math:`g`, shape ``(T, P)``, any float dtype and device.
         squares: :math:`A`, the sum of :math:`g^2` over all steps, this one included, shape
             ``(T, P)``.
+        units: what the gradients were divided by in ``squares``, one number a task; ones if left
+            out.
 
     Returns:
-        Shape ``(T,)``, float64. A column whose gradient has always been zero adds nothing. NaN for
-        a task with a square beyond the range of its dtype.
+        Shape ``(T,)``, float64, in these units. A column whose gradient has always been
+        zero adds nothing.
 
     Example:
         >>> rows = torch.tensor([[3.0, 4.0], [0.0, 2.0]])
@@ -34,10 +37,10 @@ def excess_risks(jacobian: Tensor, squares: Tensor) -> Tensor:
         tensor([7., 2.])
     """
     risks = []
-    for row, square in zip(jacobian, squares, strict=True):
+    for t, (row, square) in enumerate(zip(jacobian, squares, strict=True)):
         wide = at_least_float32(row)
+        wide = wide if units is None else wide / units[t]
         relative = torch.where(square == 0, 0.0, wide / square.sqrt())
-        relative = torch.where(square.isinf(), torch.nan, relative)
         risks.append(inner.along(relative[None], wide)[0])
     return torch.stack(risks)
 
@@ -100,6 +103,7 @@ class ExcessMTL(GradientBalancer):
     """
 
     squares: Tensor | None
+    units: Tensor | None
     risk: Tensor | None
 
     def __init__(
@@ -115,6 +119,7 @@ class ExcessMTL(GradientBalancer):
         self.scale: Scale = one_of(self, "scale", scale, get_args(Scale))
         self.weight_heads = weight_heads
         self.add_state("squares", 0.0, per_task=True, columns=True)
+        self.add_state("units", 0.0, per_task=True)  # of the gradients in the squares
         self.add_state("risk", 0.0, per_task=True)  # log of the weight, first risk, steps in it
         self._latest: Tensor | None = None
 
@@ -133,12 +138,13 @@ class ExcessMTL(GradientBalancer):
         """
         like = at_least_float32(jacobian[:, :1])
         squares = self.per_task_state("squares", like, jacobian.shape[1:])
-        for square, row in zip(squares, jacobian, strict=True):
-            wide = row.to(square.dtype)
+        units = self._measured(jacobian)
+        for square, row, unit in zip(squares, jacobian, units, strict=True):
+            wide = row.to(square.dtype) / unit
             square.addcmul_(wide, wide)
         risk = self.per_task_state("risk", like, (3,))
         logs, first, count = to_numpy(risk).T.copy()
-        now = to_numpy(self.sum_shards(excess_risks(jacobian, squares)))
+        now = to_numpy(self.sum_shards(excess_risks(jacobian, squares, units)))
 
         ready = count >= self.warm_up
         logs[ready] = _exponentiated(logs[ready], self.step_size * now[ready] / first[ready])
@@ -153,6 +159,16 @@ class ExcessMTL(GradientBalancer):
         for weight, row in zip(weights.tolist(), jacobian, strict=True):
             direction.add_(row, alpha=weight)
         return direction.to(jacobian.dtype)
+
+    def _measured(self, jacobian: Tensor) -> list[float]:
+        """A unit for each task: that of its first gradient that is not zero."""
+        units = self.per_task_state("units", at_least_float32(jacobian[:, :1]).double())
+        found: list[float] = units.tolist()
+        if not all(found):
+            norms = self.row_norms(jacobian).tolist()
+            found = [u or (unit_of(n) if n else 0.0) for u, n in zip(found, norms, strict=True)]
+            units.copy_(units.new_tensor(found))
+        return [u or 1.0 for u in found]
 
     def head_weights(self) -> Tensor:
         """The weights that the last direction was made with, shape ``(T,)``.

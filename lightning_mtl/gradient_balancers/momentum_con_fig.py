@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,7 +13,7 @@ from lightning_mtl import inner
 from lightning_mtl.arguments import in_range, whole
 from lightning_mtl.balancer import GradientBalancer, at_least_float32
 from lightning_mtl.bisector import with_projections
-from lightning_mtl.solvers import Array, resolution, to_numpy, unit_gramian
+from lightning_mtl.solvers import Array, resolution, to_numpy, unit_gramian, unit_of
 from lightning_mtl.storage import combined
 
 
@@ -89,6 +90,7 @@ class MomentumConFIG(GradientBalancer):
     second: Tensor | None
     smoothed: Tensor | None
     step: Tensor
+    unit: float
 
     def __init__(
         self,
@@ -108,6 +110,7 @@ class MomentumConFIG(GradientBalancer):
         self.add_state("second", None, columns=True)
         self.add_state("smoothed", None, columns=True)
         self.add_state("step", torch.zeros((), dtype=torch.int64))
+        self.add_state("unit", 0.0)  # of the second moment, once there is one
 
     def wanted(self, present: int) -> Sequence[int]:
         """Rows of the tasks whose turn it is, ascending. Changes nothing.
@@ -163,14 +166,17 @@ class MomentumConFIG(GradientBalancer):
         weights = _conflict_free(matrix, resolution(gramian.dtype)) * correction
         common = combined(average, torch.from_numpy(weights))
         smoothed = common * (1 - self.beta1**k)
+        if self.unit == 0:
+            self.unit = unit_of(math.sqrt(max(weights @ to_numpy(gramian) @ weights, 0.0)))
         estimate = implied_gradient(smoothed, self._shared("smoothed", smoothed), self.beta1)
+        estimate /= self.unit
         second = self._shared("second", smoothed)
         self.second = second.mul_(self.beta2).addcmul_(estimate, estimate, value=1 - self.beta2)
         self.smoothed = smoothed
-        length = (second / (1 - self.beta2**k)).sqrt_().add_(self.eps)
+        length = (second / (1 - self.beta2**k)).sqrt_().add_(self.eps / self.unit)
         # A square beyond the range of its dtype would make the step zero without a word.
         length += length - length
-        return torch.where(length == 0, 0.0, common / length).to(jacobian.dtype)
+        return torch.where(length == 0, 0.0, common / self.unit / length).to(jacobian.dtype)
 
     def _shared(self, name: str, like: Tensor) -> Tensor:
         state = self.column_state(name)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_mtl.arguments import PerTask, in_range
 from lightning_mtl.balancer import GradientBalancer, at_least_float32
+from lightning_mtl.solvers import unit_of
 
 
 def mtadam_factors(norms: Tensor, ranks: Tensor) -> Tensor:
@@ -81,6 +82,7 @@ class MTAdam(GradientBalancer):
     second: Tensor | None
     norms: Tensor | None
     count: Tensor | None
+    unit: float
 
     def __init__(
         self,
@@ -101,6 +103,7 @@ class MTAdam(GradientBalancer):
         self.add_state("second", 0.0, per_task=True, columns=True)
         self.add_state("norms", 0.0, per_task=True, tensors=True)
         self.add_state("count", 0.0, per_task=True)
+        self.add_state("unit", 0.0)  # of the moments, once there are any
 
     def check_tasks(self, tasks: Sequence[str]) -> None:
         """Compare the ranks with all tasks of the run.
@@ -139,6 +142,9 @@ class MTAdam(GradientBalancer):
         norms.copy_(torch.where(count[:, None] == 0, now, norms.lerp(now, 1 - self.beta3)))
         count += 1
         factors = mtadam_factors(norms, now.new_tensor(self._ranks.of(self.tasks, len(jacobian))))
+        if self.unit == 0:
+            self.unit = unit_of(float((factors * norms).max()))
+        factors = factors / self.unit
         # In two numbers where one would leave the range of float32.
         near = factors.clamp(1e-30, 1e30)
         near, far = near.to(like), (factors / near).to(like)
@@ -154,7 +160,7 @@ class MTAdam(GradientBalancer):
             second[t].mul_(self.beta2).addcmul_(row, row, value=1 - self.beta2)
             total.add_(first[t], alpha=1 / (1 - self.beta1**k))
             torch.maximum(largest, second[t] / (1 - self.beta2**k), out=largest)
-        length = largest.sqrt_().add_(self.eps)
+        length = largest.sqrt_().add_(self.eps / self.unit)
         # A square beyond the range of its dtype would make the step zero without a word.
         length += length - length
         return torch.where(length == 0, 0.0, total / length).to(jacobian.dtype)
