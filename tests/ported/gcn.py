@@ -67,8 +67,6 @@ class Plain(LightningModule):
 class Ported(Plain, MultiTaskModule):
     """Inherits all but the sum."""
 
-    training_step = MultiTaskModule.training_step
-
     def task_losses(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         nodes, links, graphs = self.losses(batch)
         self.log("train_loss", nodes + links + graphs, batch_size=batch.num_graphs)

@@ -99,20 +99,22 @@ def ported(request: Any) -> Any:
         return importlib.import_module(f"tests.ported.{request.param}")
 
 
-def fit(ported: Any, version: str, resume: Path | None = None, **flags: Any) -> tuple[Any, Any]:
+def fit(
+    ported: Any, version: str, resume: Path | None = None, *, validate: bool = False, **flags: Any
+) -> tuple[Any, Any]:
     """Two epochs of either version from the same start, on the same random numbers."""
     seed_everything(0, verbose=False)
     module, batches = getattr(ported, version)(), ported.batches(5)
     run = trainer(max_epochs=2, **flags)
     # A resumed run starts from other random numbers: the checkpoint has to bring its own.
     seed_everything(1 if resume is None else 99, verbose=False)
-    validates = ported.Plain.validation_step is not LightningModule.validation_step
+    validate |= ported.Plain.validation_step is not LightningModule.validation_step
     # Hyperparameters of some hold classes; lightning before 2.6 never looks at that.
     looks = "weights_only" in inspect.signature(Trainer.fit).parameters
     run.fit(
         module,
         Rotated(batches),
-        Batched(batches[:2]) if validates else None,
+        Batched(batches[:2]) if validate else None,
         ckpt_path=resume,
         **({"weights_only": False} if looks else {}),
     )
@@ -149,6 +151,19 @@ def test_no_balancer_is_their_own_training_step(ported: Any, flags: dict[str, An
     logged = {k: v for k, v in ours.callback_metrics.items() if k not in added}
     assert different(logged, theirs.callback_metrics) == set()
     assert different(tensors(plain), unbalanced(ported)[0])  # the flag is one that acts here
+
+
+@pytest.mark.parametrize("ported", ["mask_rcnn", "retinanet"], indirect=True)
+@pytest.mark.parametrize("balancer", [list, lambda: [MinNorm()]], ids=["none", "MinNorm"])
+def test_a_validation_loader_alone_validates_nothing(ported: Any, balancer: Any) -> None:
+    """Detectors give detections in evaluation mode, no losses; theirs have no validation step."""
+    for version, callbacks in (("Plain", []), ("Ported", balancer())):
+        with pytest.warns(UserWarning, match=r"val_dataloader.*no `validation_step`"):
+            run, module = fit(ported, version, validate=True, callbacks=callbacks)
+        assert run.global_step == 10
+        assert not [name for name in run.callback_metrics if name.startswith("val")]
+        if not callbacks:
+            assert different(tensors(module), unbalanced(ported)[0]) == set()
 
 
 @pytest.mark.parametrize("balancer", BALANCERS.values(), ids=BALANCERS)
