@@ -44,7 +44,7 @@ def traced(device: str) -> Any:
     if on_gpu:
         torch.cuda.synchronize()  # nothing from before
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
-    with profile(activities=activities) as trace:
+    with profile(activities=activities, acc_events=True) as trace:
         yield found
         if on_gpu:
             torch.cuda.synchronize()  # all copies and kernels are over, and in the trace

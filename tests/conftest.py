@@ -17,6 +17,7 @@ def pytest_addoption(parser):
         choices=["cuda", "cpu"],
         help="where tests/gpu train; `cpu` tries their logic where there is no GPU",
     )
+    parser.addoption("--few", type=int, help="of tests/gpu, only so many cases of each test")
 
 
 @pytest.fixture(autouse=True)

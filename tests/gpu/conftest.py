@@ -5,6 +5,8 @@ They are for one NVIDIA GPU (`make gpu`), and skipped where there is none. `pyte
 """
 
 import os
+from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ import torch
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def device(request: pytest.FixtureRequest) -> str:
     """Where to train: `cuda` or `cpu`."""
     chosen: str = request.config.getoption("--device")
@@ -42,3 +44,19 @@ def _float32(request: pytest.FixtureRequest):
     yield
     torch.backends.cudnn.allow_tf32 = before[0]
     torch.set_float32_matmul_precision(before[1])
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep the first few cases of each test of this folder, where that is asked for."""
+    few, seen = config.getoption("--few"), Counter()
+    if few is None:
+        return
+    kept = []
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            name = getattr(item, "originalname", item.name)
+            seen[item.path, name] += 1
+            if seen[item.path, name] > few:
+                continue
+        kept.append(item)
+    items[:] = kept

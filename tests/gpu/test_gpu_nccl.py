@@ -33,24 +33,28 @@ BALANCERS: dict[str, Any] = {
 balancers = pytest.mark.parametrize("make", BALANCERS.values(), ids=BALANCERS)
 
 
-@pytest.fixture
-def group(device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+@pytest.fixture(scope="module")
+def group(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A process group of one, which meets in a file: no port, no network."""
-    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "lo")
-    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("NODE_RANK", "0")):
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    monkeypatch.setenv("MASTER_PORT", "0")  # read by Lightning, used by nobody
+    device: str = request.getfixturevalue("device")
+    environment = {
+        "NCCL_SOCKET_IFNAME": "lo",
+        **{"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "NODE_RANK": "0"},
+        **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"},  # Lightning reads them, nobody meets
+    }
     on_gpu = device == "cuda"
-    dist.init_process_group(
-        "nccl" if on_gpu else "gloo",
-        init_method=f"file://{tmp_path / 'meeting'}",
-        rank=0,
-        world_size=1,
-        device_id=torch.device("cuda", 0) if on_gpu else None,
-    )
-    yield device
-    dist.destroy_process_group()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        dist.init_process_group(
+            "nccl" if on_gpu else "gloo",
+            init_method=f"file://{tmp_path_factory.mktemp('group') / 'meeting'}",
+            rank=0,
+            world_size=1,
+            device_id=torch.device("cuda", 0) if on_gpu else None,
+        )
+        yield device
+        dist.destroy_process_group()
 
 
 def trained(device: str, make: Any, variant: str, strategy: Any) -> torch.Tensor:
