@@ -14,7 +14,8 @@ export MPLBACKEND ?= Agg
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install lint format types test test-slow test-lowest test-ported docs demo cost bench ci clean
+.PHONY: help install lint format types test test-slow test-lowest test-ported docs demo cost bench \
+	gpu ci clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,7 +41,7 @@ types: install  ## mypy, strict, over the package
 	$(BIN)/mypy
 
 test: install  ## all fast tests
-	$(BIN)/python -m pytest -m "not slow" -n auto --dist loadfile
+	$(BIN)/python -m pytest -m "not slow and not gpu" -n auto --dist loadfile
 
 test-slow: install test-lowest test-ported  ## the long runs: kills, a browser, other libraries
 	$(BIN)/python -m pytest -m slow --ignore tests/ported
@@ -52,7 +53,7 @@ test-lowest:  ## the fast tests on the oldest supported versions
 	.venv-lowest/bin/python -m pip install --quiet -e . pytest pytest-xdist hypothesis tensorboard \
 		scikit-learn matplotlib "torch==2.6.*" "torchvision==0.21.*" "lightning==2.5.0" \
 		"pytorch-lightning==2.5.0" "torchmetrics==1.3.*" "jsonargparse[signatures]==4.39.*"
-	.venv-lowest/bin/python -m pytest -m "not slow" -n auto --dist loadfile \
+	.venv-lowest/bin/python -m pytest -m "not slow and not gpu" -n auto --dist loadfile \
 		-W ignore::DeprecationWarning
 
 # Modules of other libraries, which have an environment of their own: the one for `make ci` stays
@@ -75,8 +76,13 @@ cost: install  ## fail when a step costs more, beside plain training, than it di
 	$(BIN)/python benchmarks/check.py
 
 bench: install  ## every figure of the documentation that is a time or a memory
-	for name in cost cheaper memory growth overhead solvers ranks gpu; do \
+	for name in cost cheaper memory growth overhead solvers ranks; do \
 		$(BIN)/python benchmarks/$$name.py || exit 1; done
+
+# With the Python that it is called with, which has torch for the GPU: nothing is installed or fetched.
+GPU_FLAGS ?=
+gpu:  ## tests and times on an NVIDIA GPU, ten minutes at most; results in gpu.json
+	PYTHONPATH=. $(PYTHON) benchmarks/gpu.py $(GPU_FLAGS)
 
 ci: lint types test docs cost  ## what CI runs
 

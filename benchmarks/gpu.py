@@ -1,104 +1,107 @@
-"""On one CUDA device: times, kernel launches and synchronisations of a step, and peak memory.
+"""Everything that is to be known of one NVIDIA GPU, in at most ten minutes: ``make gpu``.
 
-The table of cost.py for its own networks, ResNet-50 at 288 x 384 and a transformer trunk in
-bfloat16; in it, ``batched`` takes one backward pass of all tasks at once (``is_grads_batched``)
-where the textbook loop takes one each. Without CUDA it says so and measures nothing; with
-``--device cpu`` it runs there, to try the script, and counts no launches.
+First the tests of ``tests/gpu``, then times, kernel launches, waits, copies and memory of a step.
+All results go to one JSON file, written after each of them: what the time does not suffice for is
+left out, and the file says so. Needs torch, lightning, torchmetrics and pytest, nothing else, and
+no network. With ``--device cpu`` it runs there with tiny networks, to try it, and counts no launches.
 
-    python benchmarks/gpu.py [--rounds 9] [--models ResNet] [--json FILE] [--plot FILE]
+    python benchmarks/gpu.py [--out gpu.json] [--minutes 9.5] [--parts tests] [--device cpu]
+    python benchmarks/gpu.py --table gpu.json       the results as tables, for docs/cost.md
+
+Exit status 1 if a test failed, a part broke off, or the time did not suffice; 2 without a GPU.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import gc
+import argparse
+import os
+import subprocess
 import sys
-from functools import partial
+import time
+from pathlib import Path
 
 import torch
-from cost import figures, plot, show_costs
-from networks import MODELS, Model, resnet, transformer
-from report import arguments, begin, end, notes, table
-from timing import Times, with_limit
-from torch.profiler import ProfilerActivity, profile
-from ways import FITS, LOOPS, Way
+from gpu_parts import parts, run_part
+from gpu_results import Results, describe
+from gpu_table import tables
 
-WAYS: dict[str, Way] = {**LOOPS, **FITS}
-LAUNCHES = ("LaunchKernel",)
-# Every call at which the host waits for the device.
-WAITS = ("StreamSynchronize", "DeviceSynchronize", "EventSynchronize")
-FEW, MORE = 2, 12  # steps of the two profiled runs, whose difference is without set-up
+LEAST = 15.0  # seconds below which no part is begun
+GRACE = 12.0  # seconds between a part's own end and the end that it is put to
 
 
-def models(device: str) -> dict[str, Model]:
-    large = [
-        Model("ResNet-50 288x384, T=3", 3, resnet("resnet50"), (8, 3, 288, 384)),
-        Model(
-            "transformer bf16, T=3", 3, transformer(12, 768), (8, 256, 768), dtype=torch.bfloat16
-        ),
-    ]
-    every = [*MODELS.values(), *large]
-    return {model.name: dataclasses.replace(model, device=device) for model in every}
-
-
-def counted(run: Way, model: Model) -> dict[str, float | None]:
-    """Launches and waits of a step, and the most memory of a short run in MB."""
-    found = {}
-    timed, on_gpu = run(model), model.device == "cuda"
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
-    for steps in (FEW, MORE):
-        if on_gpu:
-            torch.cuda.reset_peak_memory_stats()
-        with profile(activities=activities) as trace:
-            timed(steps)
-        calls = {event.key: event.count for event in trace.key_averages()}
-        found[steps] = [
-            sum(count for key, count in calls.items() if any(name in key for name in names))
-            for names in (LAUNCHES, WAITS)
-        ]
-    each = [(b - a) / (MORE - FEW) for a, b in zip(found[FEW], found[MORE], strict=True)]
-    peak = torch.cuda.max_memory_allocated() / 1e6 if on_gpu else None
-    return {"launches": each[0], "synchronisations": each[1], "peak MB": peak}
-
-
-def show_counts(model: Model, times: Times) -> dict[str, dict[str, float | None]]:
-    """A table of counts, each way alone on the device."""
-    found, reasons = {}, {}
-    for name, way in WAYS.items():
-        if name in times.reasons:
-            continue
-        gc.collect()
-        torch.cuda.empty_cache()  # does nothing without CUDA
-        try:
-            found[name] = counted(way, model)
-        except Exception as error:
-            reasons[name] = f"{type(error).__name__}: {error}"
-    rows = [[name, *values.values()] for name, values in found.items()]
-    table(["way", "launches a step", "synchronisations a step", "peak, MB"], rows)
-    notes(reasons)
-    return found
-
-
-def main() -> None:
-    parser = arguments(__doc__, rounds=9)
-    parser.add_argument("--models", default="", help="only those whose name holds this")
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=Path("gpu.json"), help="file of the results")
+    parser.add_argument("--minutes", type=float, default=9.5, help="for everything together")
+    parser.add_argument("--parts", default="", help="only those whose name holds this")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
-    if "cpu" not in sys.argv and not torch.cuda.is_available():
-        parser.parse_args()
-        print("No CUDA device: nothing is measured.")
-        return
-    args = begin(parser)
-    if args.device == "cuda":
-        print(f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}.\n")
-    measured, counts = {}, {}
-    for name, model in models(args.device).items():
-        if args.models in name:
-            measured[name] = with_limit(model, WAYS, args.rounds)
-            show_costs(model, measured[name])
-            counts[name] = show_counts(model, measured[name])
-    found = {"times": figures(measured), "counts": counts}
-    end(args, found, partial(plot, measured=measured, methods=False))
+    parser.add_argument("--table", type=Path, help="print the tables of this file, and end")
+    parser.add_argument("--part", help=argparse.SUPPRESS)  # in a process of its own
+    parser.add_argument("--seconds", type=float, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.table:
+        print(tables(Results(args.table).read()))
+        return 0
+    if args.device == "cuda" and not torch.cuda.is_available():
+        print("No CUDA device: nothing is measured. `--device cpu` tries the script.")
+        return 2
+    if args.part:
+        run_part(args.part, Results(args.out), args.device, args.seconds)
+        return 0
+    every = parts(args.device)
+    chosen = {name: budget for name, budget in every.items() if args.parts in name}
+    if not chosen:
+        parser.error(f"Expected a part of one of {list(every)} but got {args.parts!r}.")
+    return run(Results(args.out), args.device, args.minutes, chosen)
+
+
+def run(results: Results, device: str, minutes: float, chosen: dict[str, float]) -> int:
+    """Every part in turn, in a process of its own, as long as there is time."""
+    begun = time.monotonic()
+    results.begin(describe(device), minutes)
+    for name, budget in chosen.items():
+        left = begun + 60 * minutes - time.monotonic()
+        if left < LEAST + GRACE:
+            results.part(name, state="left out", why="no time was left")
+            continue
+        print(f"== {name}: at most {min(budget, left):.0f} s of {left:.0f} s", flush=True)
+        started = time.monotonic()
+        results.part(name, state="running")
+        state, why = _child(name, results.path, device, min(budget, left))
+        results.part(name, state=state, why=why, seconds=round(time.monotonic() - started, 1))
+        print(f"== {name}: {state}{f' ({why})' if why else ''}\n", flush=True)
+    found = results.end(time.monotonic() - begun)
+    counts = found.get("tests", {}).get("counts", {})
+    broken = [name for name, part in found["parts"].items() if part["state"] != "done"]
+    print(f"Tests: {counts or 'none'}. Not done: {broken or 'nothing'}. Results: {results.path}")
+    return 1 if broken or counts.get("failed") or counts.get("error") else 0
+
+
+def _child(name: str, path: Path, device: str, seconds: float) -> tuple[str, str]:
+    """Run a part; how it ended, and why it did so."""
+    command = [sys.executable, __file__, "--part", name, "--out", str(path), "--device", device]
+    command += ["--seconds", str(max(seconds - GRACE, LEAST - 5))]
+    environment = {
+        **os.environ,
+        # Sums of cuBLAS in one order: read when it starts.
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *_given()]),
+    }
+    try:
+        done = subprocess.run(command, env=environment, timeout=seconds, check=False)
+    except subprocess.TimeoutExpired:
+        return "stopped", f"it did not end within {seconds:.0f} s"
+    if done.returncode:
+        return "failed", f"exit status {done.returncode}"
+    short = Results(path).read()["parts"][name].get("short")
+    return ("stopped", short) if short else ("done", "")
+
+
+def _given() -> list[str]:
+    return [os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else []
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
-from typing import Any
 
 import torch
-import torchvision
+from resnets import resnet_trunk
 from torch import Tensor, nn
 
 Trunk = Callable[[], tuple[nn.Module, int]]  # makes a trunk, and says how many features it has
@@ -90,16 +90,9 @@ def square(width: int, layers: int) -> Trunk:
     return mlp(*[width] * (layers + 1))
 
 
-def resnet(name: str) -> Trunk:
-    """One of torchvision's, without its classifier."""
-
-    def make() -> tuple[nn.Module, int]:
-        trunk: Any = getattr(torchvision.models, name)()
-        features = trunk.fc.in_features
-        trunk.fc = nn.Identity()
-        return trunk, features
-
-    return make
+def resnet(name: str, first: int = 64) -> Trunk:
+    """``"resnet18"`` or ``"resnet50"``, without a classifier."""
+    return partial(resnet_trunk, name, first)
 
 
 class Mean(nn.Module):

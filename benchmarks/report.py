@@ -51,15 +51,21 @@ def _number(count: int, what: str) -> str:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[Cell]]) -> None:
-    """Print a markdown table; ``None`` is a dash, and so is what could not be measured."""
+    """Print a markdown table."""
+    print(markdown(head, rows) + "\n", flush=True)
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
+    """A markdown table; ``None`` is a dash, and so is what could not be measured."""
     cells = [list(head), *[[_text(cell) for cell in row] for row in rows]]
     widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
     rule = ["-" * widths[0], *["-" * (w - 1) + ":" for w in widths[1:]]]
+    lines = []
     for row in [cells[0], rule, *cells[1:]]:
         left, *others = zip(row, widths, strict=True)
         line = [left[0].ljust(left[1]), *[text.rjust(width) for text, width in others]]
-        print(f"| {' | '.join(line)} |")
-    print(flush=True)
+        lines.append(f"| {' | '.join(line)} |")
+    return "\n".join(lines)
 
 
 def _text(cell: Cell) -> str:

@@ -56,7 +56,7 @@ def interleaved(model: Model, ways: dict[str, Way], rounds: int, seconds: float 
     for name, make in ways.items():
         try:
             ready[name] = make(model)
-            steps[name] = _steps(seconds / ready[name](FEWEST))
+            steps[name] = steps_for(seconds / ready[name](FEWEST))
         except Exception as error:
             text = str(error).strip().split("\n")[0]
             times.reasons[name] = f"{type(error).__name__}: {text}"
@@ -71,7 +71,8 @@ def interleaved(model: Model, ways: dict[str, Way], rounds: int, seconds: float 
     return times
 
 
-def _steps(number: float) -> int:
+def steps_for(number: float) -> int:
+    """How many steps of a way a round takes."""
     return min(max(math.ceil(number), FEWEST), MOST)
 
 

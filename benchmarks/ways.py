@@ -6,6 +6,7 @@ import logging
 import warnings
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -13,8 +14,6 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from networks import Model, Network
 from torch import Tensor
 from torch.utils.data import DataLoader
-from torchjd import aggregation as jd
-from torchjd import autogram, autojac
 
 import lightning_mtl as mtl
 from lightning_mtl.gradient_balancers.min_norm import min_norm_weights
@@ -147,6 +146,9 @@ def ours(model: Model) -> Time:
 
 def torchjd(model: Model, aggregator: str, engine: str) -> Time:
     """TorchJD in a plain loop: its engine of Jacobians or its engine of Gramians."""
+    from torchjd import aggregation as jd
+    from torchjd import autogram, autojac
+
     aggregate = getattr(jd, aggregator)()
     weigh = getattr(jd, f"{aggregator}Weighting")()
 
@@ -192,11 +194,15 @@ class Jacobians(Plain):
     """TorchJD in Lightning, as its documentation says: manual optimisation, min-norm weights."""
 
     def __init__(self, network: Network) -> None:
+        from torchjd import aggregation as jd
+
         super().__init__(network)
         self.automatic_optimization = False
         self.aggregate = jd.MGDA()
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
+        from torchjd import autojac
+
         marked: list[Tensor] = []
         losses = self.net.losses(batch, lambda z: marked.append(z) or z)
         steps: Any = self.optimizers()
@@ -277,6 +283,8 @@ def balanced(balancer: str, **options: Any) -> Way:
 
 PLAIN, LIMIT, LIGHTNING, MINNORM = "plain PyTorch", "limit", "plain Lightning", "MinNorm"
 
+TORCHJD = find_spec("torchjd") is not None  # compared with where it is installed
+
 LOOPS: dict[str, Way] = {
     PLAIN: plain,
     "textbook loop": textbook,
@@ -284,13 +292,14 @@ LOOPS: dict[str, Way] = {
         f"TorchJD {aggregator}, {engine}": partial(torchjd, aggregator=aggregator, engine=engine)
         for aggregator in ("Mean", "MGDA")
         for engine in ("autojac", "autogram")
+        if TORCHJD
     },
     "batched backward": batched,
     "our engine, MinNorm": ours,
 }
 FITS: dict[str, Way] = {
     LIGHTNING: partial(fit, callbacks=None),
-    "Lightning, TorchJD MGDA": partial(fit, callbacks=None, plain=Jacobians),
+    **({"Lightning, TorchJD MGDA": partial(fit, callbacks=None, plain=Jacobians)} if TORCHJD else {}),
     "MultiTaskModule, no balancer": partial(fit, callbacks=list),
     f"MultiTaskModule, {MINNORM}": balanced(MINNORM),
 }

@@ -1,12 +1,23 @@
 """The same start for every test: one thread, one seed, no window."""
 
-import matplotlib
+import os
+
 import pytest
 import torch
 from lightning.pytorch import seed_everything
 
-matplotlib.use("Agg")
+os.environ["MPLBACKEND"] = "Agg"  # read when matplotlib is imported, which the tests on a GPU do not
 torch.set_num_threads(1)
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--device",
+        default="cuda",
+        choices=["cuda", "cpu"],
+        help="where tests/gpu train; `cpu` tries their logic where there is no GPU",
+    )
+    parser.addoption("--few", type=int, help="of tests/gpu, only so many cases of each test")
 
 
 @pytest.fixture(autouse=True)
