@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
-from lightning_mtl.losses import known_tasks
+from lightning_mtl.joined import Means, alone, compute, log, means, of_all, of_first, state_of
+from lightning_mtl.losses import _with_count, known_tasks
 from lightning_mtl.metrics.delta_p import _check_names, delta_p, load_baseline
+from lightning_mtl.samples import samples, samples_of_batch
 from lightning_mtl.task import STAGES
 
 if TYPE_CHECKING:
@@ -31,10 +36,13 @@ class Evaluation:
     ) -> None:
         self.baseline = None if baseline is None else load_baseline(baseline)[0]
         self.delta_p_metrics = delta_p_metrics
+        self._needs_gradients = False
+        self._told: set[str] = set()
+        self.begin()
 
-    @staticmethod
-    def reset(module: MultiTaskModule) -> None:
+    def reset(self, module: MultiTaskModule) -> None:
         """Reset all metrics: ``validate`` leaves inference tensors, which ``fit`` refuses."""
+        self.begin()
         for task in module.tasks.values():
             for stage in STAGES:
                 task.stage(stage).reset()
@@ -71,39 +79,132 @@ class Evaluation:
             losses[name] = loss if count is None else (loss, count)
         return losses
 
+    def total(self, module: MultiTaskModule, batch: Any, batch_idx: int) -> Tensor | None:
+        """The sum of the losses of a batch, for a ``training_step`` called in evaluation."""
+        losses = self._with_gradients(lambda given: module.task_losses(given, batch_idx), batch)
+        found = [torch.as_tensor(loss).detach() for _, loss, _ in _read(module, losses)]
+        found = [v if v.dtype.itemsize >= 4 else v.float() for v in found]
+        return sum(found[1:], found[0]) if found else None
+
+    def begin(self) -> None:
+        """Start an evaluation."""
+        self._means = Means()
+        self._measured: set[str] = set()  # tasks whose metrics have seen data
+        self._values: dict[str, Any] = {}  # what was logged
+
     def step(
         self, module: MultiTaskModule, batch: Any, batch_idx: int, stage: str, dataloader_idx: int
     ) -> None:
-        """Log losses and metrics of one batch."""
+        """Measure losses and metrics of one batch."""
         if dataloader_idx > 0:
             raise NotImplementedError(
                 f"Expected one {stage} loader but found another: metrics would mix them. Join the "
                 f"datasets, or override `{'validation' if stage == 'val' else stage}_step`."
             )
         if not module.tasks:
-            losses = module.task_losses(batch, batch_idx)
-            if not isinstance(losses, Mapping):
-                raise TypeError(
-                    f"Expected `task_losses` to return a dict {{task: loss}} but got "
-                    f"{type(losses).__name__}."
-                )
-            for name, loss in losses.items():
-                value, size = loss if isinstance(loss, tuple) else (loss, None)
-                active = not module.training_tasks or name in module.training_tasks
-                if active and value is not None and size != 0:
-                    size = None if size is None else int(size)
-                    module.log(f"{stage}/loss/{name}", value, batch_size=size, on_epoch=True)
+            losses = self._with_gradients(lambda given: module.task_losses(given, batch_idx), batch)
+            cure = "Return pairs (mean, number of valid labels) from `task_losses`."
+            for name, loss, count in _read(module, losses):
+                size = samples_of_batch(batch, cure) if count is None else count
+                self._means.add(f"{stage}/loss/{name}", loss, size)
             return
+
+        def measure(given: Any) -> tuple[Any, dict[str, Any]]:
+            inputs, targets = _split(module, given)
+            predictions = module(inputs)
+            return predictions, self._losses(module, predictions, targets)
+
+        predictions, losses = self._with_gradients(measure, batch)
         inputs, targets = _split(module, batch)
-        predictions = module(inputs)
-        for name, loss in self._losses(module, predictions, targets).items():
+        for name, loss, count in _read(module, losses):
             task = module.tasks[name]
             target = targets[task.target or name]
-            value, size = loss if isinstance(loss, tuple) else (loss, _length(target))
-            module.log(f"{stage}/loss/{name}", value, batch_size=int(size), on_epoch=True)
-            for key, metric in task.stage(stage).items():
-                metric.update(predictions[name].detach(), target)
-                module.log(f"{stage}/{name}/{key}", metric, batch_size=int(size), on_epoch=True)
+            if count is None:
+                where = f"the target of task '{name}'"
+                count = samples(target, inputs, where, "Give the task `Task(count=...)`.")
+            self._means.add(f"{stage}/loss/{name}", loss, count)
+            self._measured.add(name)
+            prediction = apply_to_collection(predictions[name], Tensor, Tensor.detach)
+            for metric in task.stage(stage).values():
+                metric.update(prediction, target)
+
+    def _with_gradients(self, measure: Callable[[Any], Any], batch: Any) -> Any:
+        """Measure without gradients, as Lightning evaluates; with them if a loss takes some."""
+        if not self._needs_gradients:
+            try:
+                return measure(batch)
+            except RuntimeError as error:
+                if torch.is_grad_enabled() or "require grad" not in str(error):
+                    raise
+                self._needs_gradients = True  # for all batches that follow
+        try:
+            with torch.inference_mode(False), torch.enable_grad():
+                return measure(apply_to_collection(batch, Tensor, _outside_inference))
+        except RuntimeError as error:
+            if "nference" not in str(error):
+                raise
+            raise RuntimeError(
+                "Expected a loss to take gradients in evaluation but it meets tensors of inference "
+                "mode that are not part of the batch. Use `Trainer(inference_mode=False)`."
+            ) from error
+
+    def end(self, module: MultiTaskModule, stage: str) -> None:
+        """Log what one process would have measured on the data of all."""
+        tasks = {name: module.tasks[name] for name in module.training_tasks if name in module.tasks}
+        metrics = {
+            name: {f"{stage}/{name}/{key}": m for key, m in task.stage(stage).items()}
+            for name, task in tasks.items()
+        }
+        states: dict[str, Any] = {}
+        if not alone(module.trainer):
+            states = {n: state_of(m) for group in metrics.values() for n, m in group.items()}
+        # One exchange, in which every process takes part whatever it has seen.
+        found = of_all(module.trainer, (self._means.sums(), self._measured, states))
+        measured = set().union(*(seen for _, seen, _ in found))
+        values: dict[str, Any] = {}
+        forget: dict[str, Callable[[], Any]] = {}
+        losses = means([sums for sums, _, _ in found])
+        wide = module.trainer.precision == "64-true"
+        for name in dict.fromkeys([*tasks, *(n.rpartition("/")[2] for n in losses)]):
+            loss = f"{stage}/loss/{name}"
+            if loss in losses:
+                dtype = torch.float64 if wide else torch.float32
+                values[loss] = torch.tensor(losses[loss], dtype=dtype)
+            if name in measured:  # in any process; of a metric without data nothing is logged
+                for metric_name, metric in metrics[name].items():
+                    value = compute(metric, [all_.get(metric_name, []) for _, _, all_ in found])
+                    numbers = dict(self._numbers(metric_name, value))
+                    values.update(numbers)
+                    forget.update(dict.fromkeys(numbers, metric.reset))
+        values = of_first(module.trainer, values)
+        self._values = values
+        self._check_delta_p(module, stage)
+        if not module.trainer.barebones:
+            for name, value in values.items():
+                log(module, name, value, forget.get(name))
+
+    def _numbers(self, name: str, value: Any, *, inside: bool = False) -> Iterator[Any]:
+        """``(name, number)`` of a metric's value; a dict has several."""
+        if isinstance(value, Mapping):
+            found = [
+                n for k, v in value.items() for n in self._numbers(f"{name}/{k}", v, inside=True)
+            ]
+            if found or inside:
+                yield from found
+                return
+        elif isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.numel() == 1):
+            yield name, torch.as_tensor(value).detach().cpu().reshape(())
+            return
+        if not inside:
+            shape = f" of shape {tuple(value.shape)}" if isinstance(value, Tensor) else ""
+            raise ValueError(
+                f"Expected the metric `{name}` to be a number or a dict of numbers but got "
+                f"{type(value).__name__}{shape}, which cannot be logged. Average it, for example "
+                f"with average='macro', or wrap it in torchmetrics' ClasswiseWrapper."
+            )
+        if name not in self._told:
+            self._told.add(name)
+            rank_zero_info(f"`{name}` is not a number and is not logged.")
 
     def directions(self, module: MultiTaskModule) -> dict[str, dict[str, bool]]:
         """``{task: {logged name: higher is better}}`` with the names that validation logs."""
@@ -155,34 +256,45 @@ class Evaluation:
         for task, names in directions.items():
             for name, up in names.items():
                 short = metric_key(task, name)
-                values.setdefault(task, {})[short] = self._value(module, task, name, stage, logged)
+                values.setdefault(task, {})[short] = self._value(task, name, stage, logged)
                 ways.setdefault(task, {})[short] = up
         baseline = self._compared(module, directions)
         by_task = delta_p(values, baseline, ways)
-        module.log(f"{stage}/delta_p", sum(by_task.values()) / len(by_task))
+        log(module, f"{stage}/delta_p", sum(by_task.values()) / len(by_task))
         for task, value in by_task.items():
-            module.log(f"{stage}/delta_p/{task}", value)
+            log(module, f"{stage}/delta_p/{task}", value)
 
-    @staticmethod
-    def _value(
-        module: MultiTaskModule, task: str, name: str, stage: str, logged: Mapping[str, Tensor]
-    ) -> Tensor:
-        if module.tasks:
-            metric: Any = module.tasks[task].stage(stage)[metric_key(task, name)]
-            if metric.update_count == 0:
-                raise ValueError(
-                    f"Expected labels of task '{task}' in the {stage} data but its metric "
-                    f"'{metric_key(task, name)}' saw none, so Δp is not defined. Add such data, or "
-                    f"leave the task out with `active_tasks`."
-                )
-            value: Tensor = metric.compute()
-            return value
+    def _check_delta_p(self, module: MultiTaskModule, stage: str) -> None:
+        """Refuse a metric of several numbers in Δp: in the sanity check, before training."""
+        if self.baseline is None:
+            return
+        for task, names in self.directions(module).items():
+            for name in (in_stage(n, stage) for n in names):
+                several = [n for n in self._values if n.startswith(f"{name}/")]
+                if several and name not in self._values:
+                    raise ValueError(
+                        f"Expected one number of the metric '{name}' of task '{task}' for Δp but "
+                        f"found {several}. Say with `delta_p_metrics` which of them count, and "
+                        f"give the baseline their names, such as '{metric_key(task, several[0])}'."
+                    )
+
+    def _value(self, task: str, name: str, stage: str, logged: Mapping[str, Tensor]) -> Tensor:
+        own = self.delta_p_metrics is None  # the names are those of declared metrics
         name = in_stage(name, stage)
+        if name in self._values:
+            value: Tensor = self._values[name]
+            return value
+        if own and (self._values or name not in logged):
+            raise ValueError(
+                f"Expected labels of task '{task}' in the {stage} data but its metric "
+                f"'{metric_key(task, name)}' saw none, so Δp is not defined. Add such data, or "
+                f"leave the task out with `active_tasks`."
+            )
         if name not in logged:
             raise ValueError(
                 f"Expected the metric '{name}' of task '{task}' (from `delta_p_metrics`) among the "
                 f"logged ones but found {sorted(logged)}. Log it with `self.log('{name}', ...)` "
-                f"before the epoch ends, and call `super().on_validation_epoch_end()` last."
+                f"before the epoch ends."
             )
         return logged[name]
 
@@ -214,5 +326,26 @@ def _split(module: MultiTaskModule, batch: Any) -> tuple[Any, Mapping[str, Any]]
     return batch[0], batch[1]
 
 
-def _length(target: Any) -> int:
-    return len(target) if isinstance(target, Tensor) and target.ndim else 1
+def _read(module: MultiTaskModule, losses: Any) -> Iterator[tuple[str, Any, float | None]]:
+    """``(task, loss, number of labels if given)`` of the active tasks that are there."""
+    if not isinstance(losses, Mapping):
+        raise TypeError(
+            f"Expected `task_losses` to return a dict {{task: loss}} but got "
+            f"{type(losses).__name__}."
+        )
+    for name, loss in losses.items():
+        value, count = _with_count(name, loss) if isinstance(loss, tuple) else (loss, None)
+        active = not module.training_tasks or name in module.training_tasks
+        if not active or value is None or count == 0:
+            continue
+        if isinstance(value, Tensor) and value.numel() != 1:
+            raise ValueError(
+                f"Expected the loss of task '{name}' to be a scalar but got shape "
+                f"{tuple(value.shape)}. Reduce it, for example with `.mean()`."
+            )
+        yield name, value, count
+
+
+def _outside_inference(tensor: Tensor) -> Tensor:
+    """A tensor that autograd may keep."""
+    return tensor.clone() if tensor.is_inference() else tensor

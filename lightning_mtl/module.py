@@ -18,6 +18,7 @@ from lightning_mtl.evaluation import Evaluation
 from lightning_mtl.flow import Flow
 from lightning_mtl.inherit import adopt, check_constructor, foreign_bases, last, with_index
 from lightning_mtl.losses import check_task_names, known_tasks
+from lightning_mtl.measuring import Measuring, default_step, with_delta_p
 from lightning_mtl.record import StepRecord
 from lightning_mtl.reserved import assigned, check_class
 from lightning_mtl.storage import Memory
@@ -38,6 +39,8 @@ def _with_flags(
             check_trainer(self.trainer, self, attached)  # before BackboneFinetuning's `setup`
         if not any(isinstance(c, TrainerFlags) and c.module is self for c in attached):
             callbacks.append(TrainerFlags(self))
+            others = [c for c in self.trainer.callbacks if not isinstance(c, Measuring)]  # type: ignore[attr-defined]
+            self.trainer.callbacks = [Measuring(self), *others]  # type: ignore[attr-defined]
         # From here until `setup`, Lightning validates flags that suit automatic optimisation.
         self.automatic_optimization = True
         if type(self).validation_step is MultiTaskModule.validation_step:
@@ -228,12 +231,20 @@ class MultiTaskModule(LightningModule):
         """``{task: {logged name: higher is better}}`` of the metrics that Δp is made of."""
         return self._evaluation.directions(self)
 
+    @default_step
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Update and log losses and metrics of every active task."""
+        """Losses and metrics of every active task, for the joined data of all processes.
+
+        Only for declared tasks; a module with its own ``task_losses`` has it by ``super()``.
+        """
         self._evaluation.step(self, batch, batch_idx, "val", dataloader_idx)
 
+    @default_step
     def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Update and log losses and metrics of every active task."""
+        """Losses and metrics of every active task, for the joined data of all processes.
+
+        Only for declared tasks; a module with its own ``task_losses`` has it by ``super()``.
+        """
         self._evaluation.step(self, batch, batch_idx, "test", dataloader_idx)
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
@@ -245,13 +256,11 @@ class MultiTaskModule(LightningModule):
 
     @last
     def on_validation_epoch_end(self) -> None:
-        """Log Δp when there is a baseline; call ``super()`` last when you override it."""
-        self._evaluation.log_delta_p(self, "val")
+        """Free to override: Δp is logged after it when there is a baseline."""
 
     @last
     def on_test_epoch_end(self) -> None:
-        """Log Δp when there is a baseline; call ``super()`` last when you override it."""
-        self._evaluation.log_delta_p(self, "test")
+        """Free to override: Δp is logged after it when there is a baseline."""
 
     # ------------------------------------------------------------ for Lightning
 
@@ -263,8 +272,12 @@ class MultiTaskModule(LightningModule):
             self._flow.load_state_dict(state["flow"])
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
-        """One micro-batch, and a balanced optimiser step after the last one of a group."""
-        assert self._flow is not None
+        """One micro-batch, and a balanced optimiser step after the last one of a group.
+
+        Called by a validation or test step it returns the sum of the losses and trains nothing.
+        """
+        if self._flow is None or not self.trainer.training:
+            return self._evaluation.total(self, batch, batch_idx)
         return self._flow.training_step(batch, batch_idx)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -304,3 +317,7 @@ class MultiTaskModule(LightningModule):
         start = cls.on_train_batch_start
         if start is not LightningModule.on_train_batch_start and not hasattr(start, "ends_phase"):
             cls.on_train_batch_start = _with_skip(cls.on_train_batch_start)  # type: ignore[method-assign]
+        for stage, name in (("val", "on_validation_epoch_end"), ("test", "on_test_epoch_end")):
+            hook = getattr(cls, name)
+            if not hasattr(hook, "logs_delta_p"):
+                setattr(cls, name, with_delta_p(hook, stage))
