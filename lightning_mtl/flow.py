@@ -22,11 +22,7 @@ from lightning_mtl.group import Group
 from lightning_mtl.layout import Layout
 from lightning_mtl.lonely import Lonely
 from lightning_mtl.loss_balancers import EqualWeighting
-from lightning_mtl.losses import (
-    TaskLosses,
-    check_task_names,
-    read_losses,
-)
+from lightning_mtl.losses import TaskLosses, check_task_names, read_losses
 from lightning_mtl.perturbed import Perturbing
 from lightning_mtl.probe import check_behind
 from lightning_mtl.record import StepRecord
@@ -58,10 +54,13 @@ class Flow:
         self.observers = [c for c in callbacks if hasattr(c, "wants_jacobian")]
         self._limit = limit_of(self.balancers)
         self._learners = [b for b in self.balancers if _learns(b)]
-        self._again = any(getattr(b, "needs_losses_after", False) for b in self.balancers)
+        asking = [b for b in self.balancers if getattr(b, "needs_losses_after", False)]
+        self._again = bool(asking)
         self._perturbed = isinstance(self.gradient_balancer, Perturbing)
         self._all_rows = _all_rows(self.gradient_balancer)
-        self._products = self.gradient_balancer is not None and self.gradient_balancer.products > 0
+        if self.gradient_balancer and (self._perturbed or self.gradient_balancer.products):
+            asking.append(self.gradient_balancer)
+        self._asker = type(asking[0]).__name__ if asking else ""  # who needs a batch once more
         self._representation: list[Tensor] = []
         self.replaying = False  # whether a forward pass is made again up to the representation
         self.ranks = ranks_of(trainer)
@@ -106,8 +105,8 @@ class Flow:
             self._group = None  # a group that was cut short does not go on in another epoch
             asked = [o.wants_jacobian(self.trainer, self.module) for o in self.observers]
             self._observed = any(asked)  # every observer is asked, none is skipped
-        keep = self._again or self._perturbed or self._products
-        seen = remember(self.module, batch, batch_idx) if keep else None
+        asker = self._asker
+        seen = remember(self.module, batch, batch_idx, asker) if asker else None
         self._representation = []  # a new list: the one before belongs to its group
         with self._discovery():
             losses = self._read_losses(batch, batch_idx)
@@ -196,6 +195,8 @@ class Flow:
         if stepping:
             self._group = None
             group.skip |= not any(group.counts) or not self._all_seen(group)
+        for micro in group.seen if stepping else ():
+            micro.check()
         total = None
         if not group.skip:
             total = run_or_leave_out(self.backward, losses, group, stepping=stepping)
