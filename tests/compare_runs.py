@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import signal
 import time
 from collections.abc import Callable
@@ -32,29 +31,21 @@ def files(folder: Path, balancers: dict | str, config: dict = CONFIG) -> list[st
     return ["--config", "C.yaml", "--balancers", "B.yaml", "--out", "out", "--seeds", "1"]
 
 
-def start(folder: Path, options: list[str], largest: int | None = None) -> BaseProcess:
-    """Start the command in ``folder``, as its own group; what it prints is in ``printed.txt``.
-
-    Args:
-        folder: to work in.
-        options: of the command.
-        largest: bytes that a file may have.
-    """
+def start(folder: Path, options: list[str]) -> BaseProcess:
+    """Start the command in ``folder``, as its own group; what it prints is in ``printed.txt``."""
     context = get_context("forkserver")
     context.set_forkserver_preload(["tests.compare_runs"])
-    process = context.Process(target=_command, args=(folder, options, largest))
+    process = context.Process(target=_command, args=(folder, options))
     process.start()
     return process
 
 
-def _command(folder: Path, options: list[str], largest: int | None) -> None:
+def _command(folder: Path, options: list[str]) -> None:
     os.setsid()
     os.chdir(folder)
     with Path("printed.txt").open("w") as out:
         os.dup2(out.fileno(), 1)
         os.dup2(out.fileno(), 2)
-    if largest is not None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (largest, resource.RLIM_INFINITY))
     raise SystemExit(main(["compare", *options]))
 
 

@@ -324,7 +324,7 @@ MODEL = "tests.compare_model."
         ),
         ({"equal": [{"class_path": "MinNorm"}]}, r"`equal` in B.yaml to be equal weighting"),
         ({"single-task": []}, r"do not start with `single-task`"),
-        ({"a b": [], "a/b": []}, r"differ in letters or digits.*'a b', 'a/b'"),
+        ({"": []}, r"names of balancers that are not empty.*\[''\]"),
         ({"mine": [{"init_args": {}}]}, r"`mine` holds.*Give it a `class_path`"),
         ({}, r"to map a name to its callbacks.*at least one"),
     ],
@@ -349,7 +349,7 @@ def changed(path: str, value: object) -> dict:
     ("config", "message"),
     [
         (changed("model.class_path", MODEL + "Nothing"), r"C.yaml to be a config.*Nothing"),
-        (changed("model.init_args.measured", False), r"metric for every.*`regress`"),
+        (changed("model.init_args.measured", "none"), r"at least one task.*for classify, regress"),
         (changed("model.init_args.width", "wide"), r"C.yaml to be a config.*width"),
         (changed("trainer.max_epoch", 3), r"C.yaml to be a config.*max_epoch"),
         (changed("trainer.devices", 2), r"one device a run but C.yaml asks for 2"),

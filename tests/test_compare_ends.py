@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -25,6 +27,21 @@ def records(folder: Path) -> list[dict]:
     text = (folder / "out" / "results.jsonl").read_text()
     assert not text or text.endswith("\n")
     return [json.loads(line) for line in text.splitlines()]
+
+
+def program(
+    folder: Path, options: list[str], before: Callable[[], None] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """The command as a user starts it."""
+    return subprocess.run(
+        [sys.executable, "-m", "lightning_mtl", "compare", *options],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
+        preexec_fn=before,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
 def reached(folder: Path):
@@ -67,14 +84,7 @@ def test_a_worker_in_c_code_does_not_outlive_the_command(tmp_path: Path):
 def test_a_second_start_is_refused_and_a_dead_owner_keeps_nothing(tmp_path: Path):
     process, _ = reached(tmp_path)
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*")}
-    other = subprocess.run(
-        [sys.executable, "-m", "lightning_mtl", "compare", *files(tmp_path, STUCK)],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    other = program(tmp_path, files(tmp_path, STUCK))
     assert other.returncode == 2
     assert not other.stdout
     assert other.stderr.startswith("lightning-mtl compare: error: Expected out to be free but ano")
@@ -93,24 +103,19 @@ def test_a_second_start_is_refused_and_a_dead_owner_keeps_nothing(tmp_path: Path
 
 
 def test_files_that_may_grow_no_more(tmp_path: Path):
-    """The limit is met in the middle of the third line; what was written of it is taken away."""
-    options = [*files(tmp_path, BROKEN), "--only", "broken"]
-    assert finished(start(tmp_path, options, largest=1100)) == 1
-    text = printed(tmp_path)
-    assert "error: [Errno 27] File too large: 'out" in text
-    assert "Finished runs are kept in out: the same command goes on from there." in text
-    assert "Traceback" not in text
-    kept = records(tmp_path)
-    assert kept
-    assert not list((tmp_path / "out").rglob("*.tmp"))
-
-    process = start(tmp_path, options)
-    assert finished(process) == 1  # for a broken balancer, now that there is room
-    assert f"4 runs, {len([r for r in kept if r['status'] == 'finished'])} of them" in printed(
-        tmp_path
+    """The limit is met in the middle of a line; what was written of it is taken away."""
+    options = files(tmp_path, BROKEN)
+    limit = (1100, resource.RLIM_INFINITY)
+    ended = program(tmp_path, options, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit))
+    assert ended.returncode == 1, ended.stderr
+    assert ended.stderr == (
+        "lightning-mtl compare: error: [Errno 27] File too large: 'out/results.jsonl'. The "
+        "comparison stopped here. Finished runs are kept in out: the same command goes on from "
+        "there.\n"
     )
-    after = records(tmp_path)
-    assert [r for r in after if r["status"] == "finished"][: len(kept)] == kept[:2]
+    assert len(records(tmp_path)) == ended.stdout.count("\n") - 1  # a line each, and the headline
+    assert len(records(tmp_path)) >= 3
+    assert not list((tmp_path / "out").rglob("*.tmp"))
 
 
 @pytest.fixture

@@ -11,7 +11,8 @@ from typing import Any
 
 SINGLE = "single-task"
 _LONGEST = 80  # of a file name 255 bytes are allowed, 143 where names are encrypted
-_RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\.|$)", re.IGNORECASE)  # on Windows
+# Names of devices on Windows, and those that are hidden elsewhere.
+_RESERVED = re.compile(r"\.|(con|prn|aux|nul|com\d|lpt\d)(\.|$)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
