@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
-from lightning_mtl.joined import Means, alone, compute, log, means, of_all, of_first, state_of
+from lightning_mtl.joined import Means, agreed, alone, compute, log, means, of_all, state_of
 from lightning_mtl.losses import _with_count, known_tasks
 from lightning_mtl.metrics.delta_p import _check_names, delta_p, load_baseline
 from lightning_mtl.samples import samples, samples_of_batch
@@ -106,7 +106,7 @@ class Evaluation:
             cure = "Return pairs (mean, number of valid labels) from `task_losses`."
             for name, loss, count in _read(module, losses):
                 size = samples_of_batch(batch, cure) if count is None else count
-                self._means.add(f"{stage}/loss/{name}", loss, size)
+                self._means.add(name, loss, size)
             return
 
         def measure(given: Any) -> tuple[Any, dict[str, Any]]:
@@ -122,7 +122,7 @@ class Evaluation:
             if count is None:
                 where = f"the target of task '{name}'"
                 count = samples(target, inputs, where, "Give the task `Task(count=...)`.")
-            self._means.add(f"{stage}/loss/{name}", loss, count)
+            self._means.add(name, loss, count)
             self._measured.add(name)
             prediction = apply_to_collection(predictions[name], Tensor, Tensor.detach)
             for metric in task.stage(stage).values():
@@ -150,37 +150,39 @@ class Evaluation:
 
     def end(self, module: MultiTaskModule, stage: str) -> None:
         """Log what one process would have measured on the data of all."""
+        trainer = module.trainer
         tasks = {name: module.tasks[name] for name in module.training_tasks if name in module.tasks}
         metrics = {
             name: {f"{stage}/{name}/{key}": m for key, m in task.stage(stage).items()}
             for name, task in tasks.items()
         }
         states: dict[str, Any] = {}
-        if not alone(module.trainer):
+        if not alone(trainer):
             states = {n: state_of(m) for group in metrics.values() for n, m in group.items()}
         # One exchange, in which every process takes part whatever it has seen.
-        found = of_all(module.trainer, (self._means.sums(), self._measured, states))
+        found = of_all(trainer, (self._means.sums(), self._measured, states))
         measured = set().union(*(seen for _, seen, _ in found))
-        values: dict[str, Any] = {}
-        forget: dict[str, Callable[[], Any]] = {}
         losses = means([sums for sums, _, _ in found])
-        wide = module.trainer.precision == "64-true"
-        for name in dict.fromkeys([*tasks, *(n.rpartition("/")[2] for n in losses)]):
-            loss = f"{stage}/loss/{name}"
-            if loss in losses:
-                dtype = torch.float64 if wide else torch.float32
-                values[loss] = torch.tensor(losses[loss], dtype=dtype)
-            if name in measured:  # in any process; of a metric without data nothing is logged
-                for metric_name, metric in metrics[name].items():
-                    value = compute(metric, [all_.get(metric_name, []) for _, _, all_ in found])
-                    numbers = dict(self._numbers(metric_name, value))
-                    values.update(numbers)
-                    forget.update(dict.fromkeys(numbers, metric.reset))
-        values = of_first(module.trainer, values)
-        self._values = values
+        dtype = torch.float64 if trainer.precision == "64-true" else torch.float32
+        forget: dict[str, Callable[[], Any]] = {}
+
+        def values() -> dict[str, Tensor]:
+            made: dict[str, Tensor] = {}
+            for name in dict.fromkeys([*tasks, *losses]):
+                if name in losses:
+                    made[f"{stage}/loss/{name}"] = torch.tensor(losses[name], dtype=dtype)
+                if name in measured:  # in any process: without data there is nothing to log
+                    for metric_name, metric in metrics[name].items():
+                        given = [state.get(metric_name, []) for _, _, state in found]
+                        numbers = dict(self._numbers(metric_name, compute(metric, given)))
+                        made.update(numbers)
+                        forget.update(dict.fromkeys(numbers, metric.reset))
+            return made
+
+        self._values = agreed(trainer, values)
         self._check_delta_p(module, stage)
-        if not module.trainer.barebones:
-            for name, value in values.items():
+        if not trainer.barebones:
+            for name, value in self._values.items():
                 log(module, name, value, forget.get(name))
 
     def _numbers(self, name: str, value: Any, *, inside: bool = False) -> Iterator[Any]:

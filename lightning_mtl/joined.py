@@ -32,13 +32,31 @@ def of_all(trainer: Trainer, mine: Any) -> list[Any]:
     return found
 
 
-def of_first(trainer: Trainer, mine: Any) -> Any:
-    """What the first process has: a metric that draws random numbers gives each its own value."""
+def agreed(trainer: Trainer, make: Callable[[], Any]) -> Any:
+    """What the first process makes of joined data, where all make the same.
+
+    A metric that draws random numbers gives each process a value of its own; and one that fails in
+    a single process would leave the others waiting.
+
+    Raises:
+        RuntimeError: it fails in another process.
+    """
     if alone(trainer):
-        return mine
-    found = [mine]
-    dist.broadcast_object_list(found, src=0)
-    return found[0]
+        return make()
+    mine, wrong = None, None
+    try:
+        mine = make()
+    except Exception as error:  # raised below, in every process
+        wrong = error
+    told = of_all(
+        trainer, (None if wrong is None else str(wrong), mine if dist.get_rank() == 0 else None)
+    )
+    if wrong is not None:
+        raise wrong
+    for rank, (message, _) in enumerate(told):
+        if message is not None:
+            raise RuntimeError(f"Rank {rank} cannot evaluate: {message}")
+    return told[0][1]
 
 
 class Means:

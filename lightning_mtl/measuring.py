@@ -9,6 +9,7 @@ from types import MethodType
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from lightning.pytorch import Callback
+from torch.nn.parallel import DistributedDataParallel
 
 if TYPE_CHECKING:
     from lightning_mtl.module import MultiTaskModule
@@ -36,9 +37,18 @@ class Measuring(Callback):
         self.module = module
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
-        """Forget an evaluation that was broken off."""
-        if pl_module is self.module:
-            self.module._evaluation.reset(self.module)
+        """Forget an evaluation that was broken off, and share buffers once for all its batches.
+
+        DDP shares them (BatchNorm's averages) in every forward pass, so a process with more batches
+        than another would wait for ever.
+        """
+        if pl_module is not self.module:
+            return
+        self.module._evaluation.reset(self.module)
+        wrapper = trainer.strategy.model
+        if isinstance(wrapper, DistributedDataParallel) and wrapper.will_sync_module_buffers():
+            wrapper._sync_buffers()
+            wrapper.require_forward_param_sync = False  # until the next batch of training
 
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Log losses and metrics."""

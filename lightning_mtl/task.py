@@ -19,12 +19,13 @@ class Task(nn.Module):
     Args:
         loss: ``loss(prediction, target)`` returns a scalar: the mean over the valid labels.
         metrics: a torchmetrics metric, several of them, or a dict that names them. They are
-            updated with ``(prediction, target)`` in validation and test; their
-            ``higher_is_better`` gives Δp its sign.
+            updated with ``(prediction, target)`` in validation and test; a value that is a dict of
+            numbers is logged entry by entry. Their ``higher_is_better`` gives Δp its sign.
         target: the key of this task's target in the batch; by default the task's own name.
         count: ``count(target)`` returns the number of valid labels in a batch. Give it when labels
-            are missing: a batch with none leaves the task out, and means over micro-batches are
-            then weighted by valid labels.
+            are missing: a batch with none leaves the task out, and means over micro-batches, and
+            over the batches of validation and test, are then weighted by valid labels. Without it
+            the latter are weighted by samples.
 
     Example:
         >>> import torch
@@ -75,7 +76,8 @@ class Task(nn.Module):
                 whose = "" if task is None else f" of task '{task}'"
                 raise ValueError(
                     f"Metric `{name}`{whose} does not say whether higher is better, so Δp has no "
-                    f"sign for it. Set its class attribute `higher_is_better` to True or False."
+                    f"sign for it. Set its class attribute `higher_is_better` to True or False, or "
+                    f"name the metrics that count in `delta_p_metrics`."
                 )
             found[str(name)] = bool(metric.higher_is_better)
         return found
