@@ -16,8 +16,9 @@ from torch import Tensor
 from lightning_mtl.again import Reached, Seen, losses_again, remember
 from lightning_mtl.aggregate import of_all, own_head_weights
 from lightning_mtl.backward import Backward
-from lightning_mtl.balancer import Balancer, GradientBalancer, at_least_float32
+from lightning_mtl.balancer import Balancer, GradientBalancer, LossBalancer, at_least_float32
 from lightning_mtl.group import Group
+from lightning_mtl.idle import Idle
 from lightning_mtl.layout import Layout
 from lightning_mtl.loss_balancers import EqualWeighting
 from lightning_mtl.losses import (
@@ -28,7 +29,7 @@ from lightning_mtl.losses import (
 from lightning_mtl.perturbed import Perturbing
 from lightning_mtl.probe import check_behind
 from lightning_mtl.record import StepRecord
-from lightning_mtl.stages import attached_balancers, check_tasks
+from lightning_mtl.stages import attached_balancers, check_tasks, learns, needs_all_rows
 from lightning_mtl.stepping import listened, log_losses, losses_due, step_optimizers, zero_grad
 from lightning_mtl.strategies import OneProcess, ranks_of
 from lightning_mtl.supported import check_batches
@@ -56,10 +57,10 @@ class Flow:
         self.observers = [c for c in callbacks if hasattr(c, "wants_jacobian")]
         strict = [type(b).__name__ for b in self.balancers if b.requires_positive_losses]
         self._positive_for = strict[0] if strict else None
-        self._learners = [b for b in self.balancers if _learns(b)]
+        self._learners = [b for b in self.balancers if learns(b)]
         self._again = any(getattr(b, "needs_losses_after", False) for b in self.balancers)
         self._perturbed = isinstance(self.gradient_balancer, Perturbing)
-        self._all_rows = _all_rows(self.gradient_balancer)
+        self._all_rows = needs_all_rows(self.gradient_balancer)
         self._products = self.gradient_balancer is not None and self.gradient_balancer.products > 0
         self._representation: list[Tensor] = []
         self.replaying = False  # whether a forward pass is made again up to the representation
@@ -77,6 +78,8 @@ class Flow:
         self._synced: bool | None = None  # whether BatchNorm has collectives of its own
         self._observed = False
         self._told = False
+        self._idle = Idle(module.max_skipped_steps)
+        self.in_losses = False  # whether the user's `task_losses` is running
         self._heard = False  # whether it is known who listens to hooks
         self._first_done = False
         self._uneven = False  # whether label counts or absent tasks were met under accumulation
@@ -110,13 +113,15 @@ class Flow:
             if not self.trainer.fit_loop._skip_backward:
                 self._train(losses, batch_idx, seen)
             total = losses.total(detach=True) if losses.tasks else None
+            if total is not None and self.trainer.accumulate_grad_batches > 1:
+                total = total / self.trainer.accumulate_grad_batches  # as Lightning gives it hooks
         if not self.module.automatic_optimization:
             self.module.automatic_optimization = True  # trainer_flags.py says why
         return total
 
     def _discovery(self) -> AbstractContextManager[Any]:
         """Compiled graphs give zeros where there is no path; find shared parameters without."""
-        known = self.layout.known
+        known = self.layout.complete
         rows = self._observed or self.gradient_balancer is not None
         if rows and not known and "torch._dynamo" in sys.modules:
             stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
@@ -125,7 +130,11 @@ class Flow:
 
     def _read_losses(self, batch: Any, batch_idx: int) -> TaskLosses:
         module = self.module
-        losses = module.task_losses(batch, batch_idx)
+        self.in_losses = True
+        try:
+            losses = module.task_losses(batch, batch_idx)
+        finally:
+            self.in_losses = False
         if not module.task_names:
             self._declare(losses)
         return read_losses(
@@ -138,6 +147,7 @@ class Flow:
             ranks=self.ranks,
             lockstep=self._lockstep(),
             late=self._late(),
+            from_batch=module.names_from_batch,
         )
 
     def _late(self) -> bool:
@@ -150,7 +160,9 @@ class Flow:
         may = self._all_rows or (stateless and self.module.on_bad_loss != "skip_task")
         may &= self._may_be_late and not torch.is_anomaly_enabled()  # which ends at the first NaN
         once = self.trainer.accumulate_grad_batches == 1 and self._first_done
-        return may and once and self.backward.scaler is None
+        rows = self.gradient_balancer is not None or self._observed
+        found = self.layout.complete or not rows
+        return may and once and found and self.backward.scaler is None
 
     def _lockstep(self) -> str:
         """Why every rank has to run the same backward passes, if so."""
@@ -185,15 +197,21 @@ class Flow:
             group.seen.append(seen)
         if stepping:
             self._group = None
-            group.skip |= not any(group.counts) or not self._all_seen(group)
+            group.skip |= not any(group.counts)
+            self._first_done = True
         total = None if group.skip else self.backward.run(losses, group, stepping=stepping)
         self._uneven |= group.uneven
         if stepping and not group.skip:
             self.module.automatic_optimization = True
             if step_optimizers(trainer, batch_idx, total):
                 self._learn(group)
+                self._idle.stepped()
+            else:
+                self._idle.overflowed(self.backward.scale)
             if not group.overflow and losses_due(trainer):
                 log_losses(self.module, self.record())
+        elif stepping:
+            self._idle.left_out(group, self.module.training_tasks)
         if group.dropped and not self._told:
             self._told = True
             rank_zero_warn(
@@ -201,6 +219,8 @@ class Flow:
                 f"cannot be used and is left out, as `on_bad_loss='{self.module.on_bad_loss}'` "
                 f"asks. It is said once; `on_bad_loss='raise'` names the task and the reason."
             )
+        if self._idle.missed:
+            self._idle.check(self.module.on_bad_loss, trainer.global_step)
 
     def _begin_group(self, losses: TaskLosses, *, single: bool) -> Group:
         """Choose the cheapest form that gives one optimiser step what its balancers need."""
@@ -223,60 +243,55 @@ class Flow:
             group.form = "probe" if self.layout.probing else "rows"
             if self._perturbed:
                 group.form = "perturbed"
-            elif not rows and losses.present:
-                self._spare(group, balancer, losses, single)
         elif rows:
             group.form = "rows"
         if group.form != "sum":
-            gradients = self.backward.gradients()
-            gradients.begin()
-            at_once = single or (balancer is not None and balancer.batches > 1)
-            if at_once and len(losses.present) == len(tasks) and not gradients.known:
-                gradients.discover(losses)
-                marked = balancer is not None and balancer.gradients.startswith("representation")
-                if group.form == "probe" and marked:
-                    check_behind(group.representation, losses.values, gradients)
+            self._lay_out(group, losses, single)
+            if balancer is not None and not (rows or self._perturbed):
+                self._spare(group, balancer, losses, single)
         return group
+
+    def _lay_out(self, group: Group, losses: TaskLosses, single: bool) -> None:
+        """Find the shared parameters, anew with every task that no step before had."""
+        layout, balancer = self.layout, self.gradient_balancer
+        there = [*losses.present, *losses.bad]
+        new = layout.unmet(there)
+        at_once = single or (balancer is not None and balancer.batches > 1)
+        if not layout.given and (new or not (at_once or layout.complete)):
+            layout.forget()
+        gradients = self.backward.gradients()
+        gradients.begin()
+        if there and (new or not gradients.known) and (at_once or gradients.known):
+            gradients.discover(losses)
+            if not gradients.shared and not layout.complete and balancer is not None:
+                group.form = "rows"  # nothing is shared by the tasks so far: they train as they are
+            marked = balancer is not None and balancer.gradients.startswith("representation")
+            if group.form == "probe" and marked:
+                check_behind(group.representation, losses.values, gradients)
+        group.outside = self.backward.outside()
 
     def _spare(
         self, group: Group, balancer: GradientBalancer, losses: TaskLosses, single: bool
     ) -> None:
         """Ask the balancer which task gradients it can do without in this step."""
-        given = (self.module.training_tasks, None)
-        present = losses.present
-        with balancer.only(*(self.backward.rows_of(present) if single else given)):
-            reused = balancer.reused_weights()
-            wanted = balancer.wanted(len(present)) if single else None
-        if wanted is not None:
-            group.wanted = {present[i] for i in wanted}
-        if reused is not None and self.backward.gradients().known:
-            rows = present if single and len(present) < len(given[0]) else None
-            group.reused = of_all(reused, rows, len(given[0]), reused)
-            if balancer.weight_heads and own_head_weights(balancer):
-                with balancer.only(*(self.backward.rows_of(present) if single else given)):
-                    heads = balancer.head_weights()
-                group.reused_heads = of_all(heads, rows, len(given[0]), heads)
-            both = balancer.weight_heads and not own_head_weights(balancer)
-            group.form = "sum" if both else "reuse"
-
-    def _all_seen(self, group: Group) -> bool:
-        """Whether every task has been met once, without which heads look like shared ones."""
-        known = self.layout.known
-        if self._first_done and (known or self.gradient_balancer is None):
-            return True
         tasks = self.module.training_tasks
-        unseen = [tasks[t] for t, count in enumerate(group.counts) if not count]
-        given = self.layout.saved is not None or self.module.shared_parameters() is not None
-        if not unseen or given:
-            self._first_done = True
-        elif not group.dropped:
-            raise ValueError(
-                f"Expected every task in the first optimiser step but found no loss of {unseen}; "
-                f"the declared tasks are {list(tasks)}. Return its loss from `task_losses`, leave "
-                f"it out with `active_tasks`, or override `shared_parameters()` if a task may be "
-                f"missing from the first step."
-            )
-        return not unseen or given
+        there = losses.present if single else range(len(tasks))
+        rows = [t for t in there if t not in group.outside]
+        if not rows:
+            return
+        with balancer.only(*self.backward.rows_of(rows)):
+            reused = balancer.reused_weights()
+            wanted = balancer.wanted(len(rows)) if single else None
+            own = balancer.weight_heads and own_head_weights(balancer)
+            heads = balancer.head_weights() if reused is not None and own else None
+        if wanted is not None:
+            group.wanted = {rows[i] for i in wanted} | group.outside
+        if reused is not None and self.backward.gradients().known:
+            group.reused = of_all(reused, rows, len(tasks), reused, group.outside)
+            if heads is not None:
+                group.reused_heads = of_all(heads, rows, len(tasks), heads, group.outside)
+            both = balancer.weight_heads and not own
+            group.form = "sum" if both else "reuse"
 
     def mark(self, representation: Tensor) -> None:
         """Note the shared representation of the batch."""
@@ -298,14 +313,25 @@ class Flow:
             names = [tasks[t] for t in present]
             after = losses_again(self.module, group.seen, names, self.ranks).to(losses)
         for balancer in self._learners:
-            with balancer.only(*self.backward.rows_of(present)):
-                balancer.update(losses, after)
+            rows, part = present, slice(None)
+            if not isinstance(balancer, LossBalancer):
+                rows = group.balanced()
+                part = [i for i, t in enumerate(present) if t in rows]
+            if not rows:
+                continue
+            with balancer.only(*self.backward.rows_of(rows)):
+                balancer.update(losses[part], None if after is None else after[part])
 
     # ------------------------------------------------------------ record and state
 
     def record(self) -> StepRecord | None:
         """What the last optimiser step did."""
         return self.backward.record()
+
+    def check_trained(self) -> None:
+        """Refuse a fit that ends without a step; one that was resumed may have had none to make."""
+        if self.trainer.ckpt_path is None or self.trainer.global_step == 0:
+            self._idle.finish(self.module.on_bad_loss)
 
     def check_frozen(self) -> None:
         """Refuse parameters that were frozen or unfrozen since the first step."""
@@ -363,20 +389,6 @@ def same_tasks(tasks: Sequence[str], ranks: OneProcess) -> None:
                 f"{found[0]} and rank {rank} {other}. Declare the tasks in the module, or return a "
                 f"dict with every task on every rank, `None` for one without labels."
             )
-
-
-def _learns(balancer: Balancer) -> bool:
-    """Whether it, or one it wraps, defines ``update``."""
-    own = type(balancer).update is not Balancer.update
-    return own or any(_learns(nested) for nested in balancer.nested().values())
-
-
-def _all_rows(balancer: GradientBalancer | None) -> bool:
-    """Whether it needs all task gradients in every step."""
-    if balancer is None:
-        return False
-    kind, base = type(balancer), GradientBalancer
-    return kind.reused_weights is base.reused_weights and kind.wanted is base.wanted
 
 
 def _without_autocast(device_type: str) -> AbstractContextManager[Any]:

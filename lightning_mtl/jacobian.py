@@ -56,6 +56,10 @@ class TaskGradients:
         self._sent: list[Callable[[], Any]] = []  # to wait for each row's sum over ranks
         self.heads = HeadGradients(num_tasks)  # of all parameters, while the shared are unknown
         self.shared: list[str] | None = None
+        # Of each task the names of what it reaches, once it has been met; a layout that is found
+        # anew knows what those before it met.
+        self.met: list[set[str] | None] = [None] * num_tasks
+        self.outside: set[int] = set()  # tasks that reach no shared parameter
         self._columns = Columns((), ())
         self._narrow: Tensor | None = None  # rows of a few columns, see `narrow_rows`
         self._order = list(parameters)
@@ -91,12 +95,19 @@ class TaskGradients:
         return self.ranks.sum_(torch.stack([*self._apart, self._close()]))
 
     def discover(self, losses: TaskLosses) -> None:
-        """Find the shared parameters from the graphs of the losses, before any gradient."""
+        """Find the shared parameters from the graphs of the losses, before any gradient.
+
+        Where they are known already, only note what the tasks reach.
+        """
         names = {id(p): name for name, p in self.parameters.items()}
         reached: list[set[str]] = [set() for _ in range(self.num_tasks)]
-        for t, loss, _, _ in losses:
+        pairs = [(t, loss) for t, loss, _, _ in losses]
+        for t, loss in pairs + losses.left_out:
             reached[t] = {names[i] for i in reachable(loss) if i in names}
-        self._fix(self._shared_of(reached))
+        shared = self._shared_of(reached)
+        if self.shared is None:
+            self._fix(shared)
+        self._set_outside()
 
     def _shared_of(self, reached: Sequence[set[str]]) -> list[str]:
         needed = min(2, self.num_tasks)
@@ -104,7 +115,16 @@ class TaskGradients:
             table = torch.tensor([[n in names for n in self._order] for names in reached])
             table = self.ranks.max_(table.to(self.ranks.device, torch.uint8))
             reached = [{self._order[i] for i in row.nonzero()[:, 0]} for row in table.cpu()]
-        return [n for n in self._order if sum(n in names for names in reached) >= needed]
+        for t, names in enumerate(reached):
+            if names:
+                self.met[t] = (self.met[t] or set()) | names
+        met = [names for names in self.met if names]
+        return [n for n in self._order if sum(n in names for names in met) >= needed]
+
+    def _set_outside(self) -> None:
+        """Note the tasks without any way to a shared parameter; others once they turn up."""
+        met, shared = enumerate(self.met), set(self.shared or ())
+        self.outside = {t for t, names in met if names is not None and not names & shared}
 
     def add(
         self,
@@ -260,6 +280,7 @@ class TaskGradients:
     def _close(self) -> Tensor:
         if self.shared is None:
             self._fix(self._shared_of([set(heads) for heads in self.heads.by_task]))
+            self._set_outside()
         assert self.rows is not None
         for task in range(len(self._sent), len(self.rows)):
             self._close_row(task)
@@ -337,6 +358,8 @@ class TaskGradients:
     def combine(self, weights: Tensor) -> Tensor:
         """The direction ``weights @ J``, shape ``(P,)``, in the buffer behind ``.grad``."""
         assert self.rows is not None
+        if not self.shared:
+            return self._direction  # nothing is shared, so far
         return combine(self.rows, weights, self._direction)
 
     def write_heads(self, weights: Tensor | None) -> None:

@@ -33,11 +33,27 @@ class Layout:
         self._summed: TaskGradients | None = None
         self._captured: dict[str, nn.Parameter] = {}
         self.probing = False  # whether J is never whole
+        self.met: list[set[str] | None] = []  # what each task reaches, once it has been met
+        self._saved_outside: set[int] = set()
 
     @property
     def known(self) -> bool:
         """Whether the shared parameters have been found."""
         return self._gradients is not None and self._gradients.known
+
+    @property
+    def complete(self) -> bool:
+        """Whether every task has been met, so that no parameter turns out to be shared later."""
+        return bool(self.met) and all(names is not None for names in self.met)
+
+    @property
+    def outside(self) -> set[int]:
+        """Tasks that reach no shared parameter."""
+        return set() if self._gradients is None else self._gradients.outside
+
+    def unmet(self, tasks: Sequence[int]) -> bool:
+        """Whether one of the tasks has not been met before."""
+        return not self.met or any(self.met[t] is None for t in tasks)
 
     def gradients(self, optimizers: Sequence[Any]) -> TaskGradients:
         """Buffers for the task gradients, made on first use."""
@@ -49,6 +65,8 @@ class Layout:
             self._gradients = self._make(
                 parameters, num_tasks, shared, self.ranks, memory=memory, in_place=self.probing
             )
+            self.met = self.met or [None] * num_tasks
+            self._gradients.met, self._gradients.outside = self.met, set(self._saved_outside)
         return self._gradients
 
     def summed(self, optimizers: Sequence[Any]) -> TaskGradients:
@@ -78,28 +96,41 @@ class Layout:
         sharded = self.module.shard_gradients and not self.ranks.alone
         return ShardedGradients if sharded else TaskGradients
 
+    @property
+    def given(self) -> bool:
+        """Whether nothing has to be found: the user or a checkpoint names the shared parameters."""
+        return self.saved is not None or self.module.shared_parameters() is not None
+
     def forget(self) -> None:
-        """Look for the shared parameters again."""
+        """Look for the shared parameters again; what tasks reach stays known."""
         self._gradients = None
 
     def release(self) -> None:
         """Free the buffers; what is shared stays known."""
         if self._gradients is not None:
-            self.saved = self._gradients.shared
+            self.saved = self._gradients.shared if self.complete else None
+            self._saved_outside = self._gradients.outside
             self._saved_trainable = list(self._gradients.parameters)
             self._gradients = None
         self._summed = None
 
     def state_dict(self) -> dict[str, Any]:
         """Names of the shared and of all trainable parameters."""
-        if self._gradients is not None and self._gradients.known:
+        found = {"trainable": self._saved_trainable, "shared": self.saved}
+        if self._gradients is not None and self._gradients.known and self.complete:
             names = list(self._gradients.parameters)
-            return {"trainable": names, "shared": self._gradients.shared}
-        return {"trainable": self._saved_trainable, "shared": self.saved}
+            found = {"trainable": names, "shared": self._gradients.shared}
+        # Of a complete layout it is enough that each task has been met.
+        known = [() if self.complete else names for names in self.met]
+        met = [None if names is None else sorted(names) for names in known]
+        outside = self._saved_outside if self._gradients is None else self._gradients.outside
+        return {**found, "met": met, "outside": sorted(outside)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue with the saved names."""
         self.saved, self._saved_trainable = state["shared"], state["trainable"]
+        self.met = [None if names is None else set(names) for names in state.get("met", ())]
+        self._saved_outside = set(state.get("outside", ()))
 
     def check_frozen(self, optimizers: Sequence[Any]) -> None:
         """Refuse parameters that were frozen or unfrozen since the shared ones were found."""

@@ -46,3 +46,17 @@ def check_tasks(balancers: Iterable[Balancer | None], tasks: Sequence[str]) -> N
         if check is not None:
             check(tasks)
         check_tasks(balancer.nested().values(), tasks)
+
+
+def learns(balancer: Balancer) -> bool:
+    """Whether it, or one it wraps, defines ``update``."""
+    own = type(balancer).update is not Balancer.update
+    return own or any(learns(nested) for nested in balancer.nested().values())
+
+
+def needs_all_rows(balancer: GradientBalancer | None) -> bool:
+    """Whether it needs all task gradients in every step."""
+    if balancer is None:
+        return False
+    kind, base = type(balancer), GradientBalancer
+    return kind.reused_weights is base.reused_weights and kind.wanted is base.wanted

@@ -25,6 +25,8 @@ class Task(nn.Module):
         count: ``count(target)`` returns the number of valid labels in a batch. Give it when labels
             are missing: a batch with none leaves the task out, and means over micro-batches are
             then weighted by valid labels.
+        balance: whether a gradient balancer takes part in this task's gradients. ``False`` adds them
+            as they are, and the balancer sees the other tasks only.
 
     Example:
         >>> import torch
@@ -41,6 +43,7 @@ class Task(nn.Module):
         *,
         target: str | None = None,
         count: Callable[[Any], Any] | None = None,
+        balance: bool = True,
     ) -> None:
         super().__init__()
         if not callable(loss):
@@ -51,6 +54,7 @@ class Task(nn.Module):
         self.loss = loss
         self.target = target
         self.count = count
+        self.balance = balance
         collection = _collection(metrics)
         self.metrics = nn.ModuleDict({stage: collection.clone() for stage in STAGES})
 

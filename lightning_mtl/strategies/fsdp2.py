@@ -24,7 +24,10 @@ class ShardedParameters(TaskGradients):
     """
 
     def discover(self, losses: TaskLosses) -> None:
-        """Nothing: the graph shows the gathered parameters; the first gradients tell."""
+        """Take tasks as met: the graph shows the gathered parameters; the first gradients tell."""
+        if self.shared is not None:
+            for t in losses.present:
+                self.met[t] = self.met[t] or set(self.shared)
 
     def add(
         self,
