@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 from typing import overload
 
@@ -36,6 +36,7 @@ def aggregate(
     observed: bool,
     apart: Tensor | None = None,
     look: bool = True,
+    outside: Collection[int] = (),
 ) -> Callable[[], StepRecord]:
     r"""Write the balanced gradients of a step; returns what tells what was done.
 
@@ -64,12 +65,18 @@ def aggregate(
         apart: the Jacobians of the micro-batches, shape ``(batches, T, P)``, for a balancer that
             takes them apart; all tasks are then present in each.
         look: whether weights and the direction are looked at for finite numbers.
+        outside: tasks that take no part in the second stage: their gradients are added as they are.
 
     Raises:
         NotFiniteError: weights or a direction that are not finite; nothing has been written.
     """
     present = [t for t, count in enumerate(counts) if count]
     rows = None if len(present) == len(tasks) else present
+    inside, part = rows, None  # rows of the second stage, and their places among those present
+    if outside and any(t in outside for t in present):
+        inside = [t for t in present if t not in outside]
+        part = [i for i, t in enumerate(present) if t not in outside]
+        gradient_balancer = gradient_balancer if inside else None
     # What multiplies the rows: 1 / count, and the loss weights. ``None`` stands for ones.
     means = omega = weights = None
     if any(counts[t] != 1 for t in present):
@@ -85,7 +92,7 @@ def aggregate(
 
     if gradient_balancer is not None:
         _tell(gradient_balancer, gradients)
-    with gradient_balancer.only(tasks, rows) if gradient_balancer else nullcontext():
+    with gradient_balancer.only(tasks, inside) if gradient_balancer else nullcontext():
         if gradient_balancer is not None and not gradient_balancer.gramian_weighted:
             every_column = True  # an average of earlier steps moves what this one does not reach
             scaled = jacobian if rows is None else jacobian[rows]
@@ -95,13 +102,18 @@ def aggregate(
             if apart is not None:
                 each = _product(None if means is None else means * len(apart), omega)
                 seen = apart if each is None else apart * each.to(apart)[:, None]
-            direction = gradient_balancer.direction(seen, losses.to(jacobian.device))
+            told = losses.to(jacobian.device)
+            if part is None:
+                direction = gradient_balancer.direction(seen, told)
+            else:
+                direction = gradient_balancer.direction(seen[..., part, :], told[part])
+                others = [i for i in range(len(present)) if i not in part]
+                direction = direction + scaled[others].sum(0).to(direction)
             if look:
                 _check_direction(direction, gradients, gradient_balancer)
             if gradient_balancer.weight_heads:
-                weights = checked(
-                    gradient_balancer.head_weights(), gradient_balancer, losses, look=look
-                )
+                found = gradient_balancer.head_weights()
+                weights = _among(found, part, gradient_balancer, losses, look=look)
                 head_weights = _product(scale, weights)
             alignment = gradients.along(scaled, direction) if observed else None
             if alignment is not None and omega is not None:
@@ -113,16 +125,18 @@ def aggregate(
                 exact = losses.double()
                 if isinstance(gradients, Products):
                     gramian = _by_products(
-                        gradients, gradient_balancer, gramian, exact, means, omega, rows
+                        gradients, gradient_balancer, gramian, exact, means, omega, rows, part
                     )
-                weighted = _outer(gramian, omega)
-                weights = gradient_balancer.weights(weighted, exact)
-                weights = checked(weights, gradient_balancer, exact)
+                weighted, told = _outer(gramian, omega), exact
+                if part is not None:
+                    weighted, told = weighted[part][:, part], exact[part]
+                found = gradient_balancer.weights(weighted, told)
+                weights = _among(found, part, gradient_balancer, exact)
                 combined = _product(scale, weights)
                 head_weights = combined if gradient_balancer.weight_heads else scale
                 if gradient_balancer.weight_heads and own_head_weights(gradient_balancer):
-                    own = checked(gradient_balancer.head_weights(), gradient_balancer, exact)
-                    head_weights = _product(scale, own)
+                    own = gradient_balancer.head_weights()
+                    head_weights = _product(scale, _among(own, part, gradient_balancer, exact))
             every_column = False
             direction = gradients.combine(of_all(combined, rows, len(tasks), losses))
             if look and not _within_range(combined, gramian, losses.dtype):
@@ -168,11 +182,12 @@ def _by_products(
     means: Tensor | None,
     omega: Tensor | None,
     rows: list[int] | None,
+    part: list[int] | None,
 ) -> Tensor:
     """The Gramian of all shared parameters, fitted to products with trial weights."""
     asked, found = [], []
     for _ in range(balancer.products):
-        weights = _product(omega, _trial(balancer, _outer(gramian, omega), losses))
+        weights = _product(omega, _trial(balancer, _outer(gramian, omega), losses, part))
         asked.append(weights)
         each = of_all(_product(means, weights), rows, gradients.gradients.num_tasks, losses)
         product, estimates = gradients.product(each)
@@ -183,10 +198,14 @@ def _by_products(
     return gramian
 
 
-def _trial(balancer: GradientBalancer, gramian: Tensor, losses: Tensor) -> Tensor:
+def _trial(
+    balancer: GradientBalancer, gramian: Tensor, losses: Tensor, part: list[int] | None
+) -> Tensor:
     """Weights from an estimate, of which the balancer remembers nothing."""
     state = balancer.state_dict()
-    weights = checked(balancer.weights(gramian, losses), balancer, losses)
+    told = losses if part is None else losses[part]
+    weights = balancer.weights(gramian if part is None else gramian[part][:, part], told)
+    weights = _among(weights, part, balancer, losses)
     balancer.load_state_dict(state)
     return weights
 
@@ -286,12 +305,36 @@ def _product(first: Tensor | None, second: Tensor | None) -> Tensor | None:
     return first * second
 
 
-def of_all(weights: Tensor | None, rows: list[int] | None, size: int, like: Tensor) -> Tensor:
-    """Weights of all tasks, zero for absent ones."""
+def _among(
+    weights: Tensor,
+    part: list[int] | None,
+    balancer: Balancer,
+    losses: Tensor,
+    *,
+    look: bool = True,
+) -> Tensor:
+    """Weights of the tasks of the second stage among those of all present ones: 1 elsewhere."""
+    if part is None:
+        return checked(weights, balancer, losses, look=look)
+    every = torch.ones_like(losses)
+    every[part] = checked(weights, balancer, losses[part], look=look)
+    return every
+
+
+def of_all(
+    weights: Tensor | None,
+    rows: list[int] | None,
+    size: int,
+    like: Tensor,
+    outside: Collection[int] = (),
+) -> Tensor:
+    """Weights of all tasks: zero for absent ones, one for those outside the gradient stage."""
     if weights is None:
         weights = like.new_ones(size if rows is None else len(rows))
-    if rows is None:
+    if rows is None or len(rows) == size:
         return weights
     every = weights.new_zeros(size)
     every[rows] = weights
+    if outside:
+        every[list(outside)] = 1.0
     return every

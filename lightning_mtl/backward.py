@@ -73,6 +73,13 @@ class Backward:
         tasks = self.module.training_tasks
         return tasks, None if len(present) == len(tasks) else present
 
+    def outside(self) -> set[int]:
+        """Tasks that take no part in the gradient stage: by wish, or for want of a path to it."""
+        names, found = self.module.unbalanced_tasks, set(self.layout.outside)
+        if names:
+            found |= {t for t, name in enumerate(self.module.training_tasks) if name in names}
+        return found
+
     @property
     def scale(self) -> float:
         """What losses are multiplied by, so that half-precision gradients do not vanish."""
@@ -234,17 +241,18 @@ class Backward:
         flag, *late = to_host(flag, *late)
         names = [self.module.training_tasks[t] for t in present]
         rule, step = self.module.on_bad_loss, self.trainer.global_step + 1
-        bad = False
+        bad: set[int] = set()
         if late:
             values = dict(enumerate(late[0].tolist()))
-            bad = bool(bad_losses(values, names, self.limit, on_bad_loss=rule, step=step))
+            bad = bad_losses(values, names, self.limit, on_bad_loss=rule, step=step)
             if len(late) == 2 and not bad:
                 checked(late[1], self.loss_balancer, late[0])
         if flag.item() and not bad:
             bad_sum(names, on_bad_loss=rule, step=step)
-            bad = True
+            bad = set(range(len(present)))  # a sum does not tell
         if bad:
             group.skip = group.dropped = True
+            group.bad.update(present[i] for i in bad)
             for p in self._trained():
                 p.grad = None
 
@@ -303,8 +311,16 @@ class Backward:
         if scale != 1:
             jacobian = jacobian.div_(scale)
             apart = None if apart is None else apart.div_(scale)
+        if discovered:
+            self.layout.settle(balancer)
+        if discovered or group.outside:
+            if isinstance(gradients, TaskGradients):
+                gradients.turn_inward()
+            group.outside = self.outside()
         if balancer is not None and jacobian.shape[1] == 0:
-            raise ValueError(no_shared(self.module, type(balancer).__name__))
+            if self.layout.complete:
+                raise ValueError(no_shared(self.module, type(balancer).__name__))
+            balancer = None  # the tasks so far share nothing: each trains what it reaches
         gramian, sizes, losses = self._small(group, gradients, jacobian)
         tasks, present = self.module.training_tasks, group.present()
         if sizes is not None:
@@ -323,6 +339,7 @@ class Backward:
                 jacobian[t].zero_()
                 group.counts[t] = 0
                 group.dropped = True
+                group.bad[t] += 1
                 group.skip |= rule == "skip_step" or not any(group.counts)
                 group.skip |= apart is not None or group.wanted is not None
             if group.skip:
@@ -335,7 +352,8 @@ class Backward:
         if group.dropped:
             gradients.agree()  # what only a dropped task reached gets no gradient
         if balancer is not None and group.wanted is None and sizes is not None:
-            self._warn_zero_gradients([t for t in present if sizes[t] == 0])
+            balanced = group.balanced()
+            self._warn_zero_gradients([t for t in balanced if sizes[t] == 0])
         self._summed = None
         self._record = aggregate(
             gradients,
@@ -351,9 +369,8 @@ class Backward:
             observed=group.observed,
             apart=apart,
             look=self.module.on_bad_loss != "ignore",
+            outside=group.outside,
         )
-        if discovered and len(group.present()) < len(tasks):
-            self.layout.forget()  # found without one of the tasks: look again at the next step
 
     def _small(
         self, group: Group, gradients: TaskGradients | Probe, jacobian: Tensor

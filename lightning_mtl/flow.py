@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +17,9 @@ from lightning_mtl.again import Reached, Seen, losses_again, remember
 from lightning_mtl.aggregate import of_all, own_head_weights
 from lightning_mtl.backward import Backward
 from lightning_mtl.bad import limit_of, run_or_leave_out
-from lightning_mtl.balancer import Balancer, GradientBalancer, at_least_float32
+from lightning_mtl.balancer import GradientBalancer, LossBalancer, at_least_float32
 from lightning_mtl.group import Group
+from lightning_mtl.idle import Idle
 from lightning_mtl.layout import Layout
 from lightning_mtl.lonely import Lonely
 from lightning_mtl.loss_balancers import EqualWeighting
@@ -26,9 +27,9 @@ from lightning_mtl.losses import TaskLosses, check_task_names, read_losses
 from lightning_mtl.perturbed import Perturbing
 from lightning_mtl.probe import check_behind
 from lightning_mtl.record import StepRecord
-from lightning_mtl.stages import attached_balancers, check_tasks
+from lightning_mtl.stages import attached_balancers, check_tasks, learns, needs_all_rows, same_tasks
 from lightning_mtl.stepping import listened, log_losses, losses_due, step_optimizers, zero_grad
-from lightning_mtl.strategies import OneProcess, ranks_of
+from lightning_mtl.strategies import ranks_of
 from lightning_mtl.supported import check_batches
 
 if TYPE_CHECKING:
@@ -53,11 +54,11 @@ class Flow:
         self.gradient_balancer = gradient if gradient and gradient.needs_jacobian else None
         self.observers = [c for c in callbacks if hasattr(c, "wants_jacobian")]
         self._limit = limit_of(self.balancers)
-        self._learners = [b for b in self.balancers if _learns(b)]
+        self._learners = [b for b in self.balancers if learns(b)]
         asking = [b for b in self.balancers if getattr(b, "needs_losses_after", False)]
         self._again = bool(asking)
         self._perturbed = isinstance(self.gradient_balancer, Perturbing)
-        self._all_rows = _all_rows(self.gradient_balancer)
+        self._all_rows = needs_all_rows(self.gradient_balancer)
         if self.gradient_balancer and (self._perturbed or self.gradient_balancer.products):
             asking.append(self.gradient_balancer)
         self._asker = type(asking[0]).__name__ if asking else ""  # who needs a batch once more
@@ -77,10 +78,12 @@ class Flow:
         self._synced: bool | None = None  # whether BatchNorm has collectives of its own
         self._observed = False
         self._told = False
+        self._idle = Idle(module.max_skipped_steps)
+        self.in_losses = False  # whether the user's `task_losses` is running
         self._heard = False  # whether it is known who listens to hooks
         self._first_done = False
         self._counted: set[int] = set()  # tasks that have brought label counts
-        self._lonely = Lonely(type(gradient).__name__) if self.gradient_balancer is not None else None
+        self._lonely = Lonely(type(gradient).__name__) if self.gradient_balancer else None
         self._uneven = False  # whether label counts or absent tasks were met under accumulation
         if self.gradient_balancer is not None or self.observers:
             # A compiled backward pass may otherwise free what the next task's pass needs.
@@ -116,13 +119,15 @@ class Flow:
             if not self.trainer.fit_loop._skip_backward:
                 self._train(losses, batch_idx, seen)
             total = losses.total(detach=True) if losses.tasks else None
+            if total is not None and self.trainer.accumulate_grad_batches > 1:
+                total = total / self.trainer.accumulate_grad_batches  # as Lightning gives it hooks
         if not self.module.automatic_optimization:
             self.module.automatic_optimization = True  # trainer_flags.py says why
         return total
 
     def _discovery(self) -> AbstractContextManager[Any]:
         """Compiled graphs give zeros where there is no path; find shared parameters without."""
-        known = self.layout.known
+        known = self.layout.complete or (self.layout.given and self.layout.known)
         rows = self._observed or self.gradient_balancer is not None
         if rows and not known and "torch._dynamo" in sys.modules:
             stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
@@ -131,7 +136,11 @@ class Flow:
 
     def _read_losses(self, batch: Any, batch_idx: int) -> TaskLosses:
         module = self.module
-        losses = module.task_losses(batch, batch_idx)
+        self.in_losses = True
+        try:
+            losses = module.task_losses(batch, batch_idx)
+        finally:
+            self.in_losses = False
         if not module.task_names:
             self._declare(losses)
         return read_losses(
@@ -144,6 +153,7 @@ class Flow:
             ranks=self.ranks,
             lockstep=self._lockstep(),
             late=self._late(),
+            from_batch=module.names_from_batch,
         )
 
     def _late(self) -> bool:
@@ -156,7 +166,9 @@ class Flow:
         may = self._all_rows or (stateless and self.module.on_bad_loss != "skip_task")
         may &= self._may_be_late and not torch.is_anomaly_enabled()  # which ends at the first NaN
         once = self.trainer.accumulate_grad_batches == 1 and self._first_done
-        return may and once and self.backward.scaler is None
+        rows = self.gradient_balancer is not None or self._observed
+        found = self.layout.complete or not rows
+        return may and once and found and self.backward.scaler is None
 
     def _lockstep(self) -> str:
         """Why every rank has to run the same backward passes, if so."""
@@ -194,7 +206,8 @@ class Flow:
             group.seen.append(seen)
         if stepping:
             self._group = None
-            group.skip |= not any(group.counts) or not self._all_seen(group)
+            group.skip |= not any(group.counts)
+            self._first_done = True
         for micro in group.seen if stepping else ():
             micro.check()
         total = None
@@ -207,9 +220,14 @@ class Flow:
                 self._lonely = None
             if step_optimizers(trainer, batch_idx, total):
                 self._learn(group)
+                self._idle.stepped()
+            else:
+                self._idle.overflowed(self.backward.scale)
             self.layout.grow(self.gradient_balancer, trainer.optimizers)
             if not group.overflow and losses_due(trainer):
                 log_losses(self.module, self.record())
+        elif stepping:
+            self._idle.left_out(group, self.module.training_tasks)
         if group.dropped and not self._told:
             self._told = True
             rank_zero_warn(
@@ -217,6 +235,8 @@ class Flow:
                 f"cannot be used and is left out, as `on_bad_loss='{self.module.on_bad_loss}'` "
                 f"asks. It is said once; `on_bad_loss='raise'` names the task and the reason."
             )
+        if self._idle.missed:
+            self._idle.check(self.module.on_bad_loss, trainer.global_step)
 
     def _begin_group(self, losses: TaskLosses, *, single: bool) -> Group:
         """Choose the cheapest form that gives one optimiser step what its balancers need."""
@@ -239,61 +259,60 @@ class Flow:
             group.form = "probe" if self.layout.probing else "rows"
             if self._perturbed:
                 group.form = "perturbed"
-            elif not rows and losses.present:
-                self._spare(group, balancer, losses, single)
         elif rows:
             group.form = "rows"
         if group.form != "sum":
-            self.check_frozen()
-            gradients = self.backward.gradients()
-            gradients.begin()
-            at_once = single or (balancer is not None and balancer.batches > 1)
-            if at_once and len(losses.present) == len(tasks) and not gradients.known:
-                gradients.discover(losses)
-                marked = balancer is not None and balancer.gradients.startswith("representation")
-                if group.form == "probe" and marked:
-                    check_behind(group.representation, losses.values, gradients)
+            self._lay_out(group, losses, single)
+            if balancer is not None and not (rows or self._perturbed):
+                self._spare(group, balancer, losses, single)
         return group
+
+    def _lay_out(self, group: Group, losses: TaskLosses, single: bool) -> None:
+        """Find the shared parameters, anew with every task that no step before had."""
+        self.check_frozen()
+        layout, balancer = self.layout, self.gradient_balancer
+        there = [*losses.present, *losses.bad]
+        at_once = single or (balancer is not None and balancer.batches > 1)
+        at_once &= not self.ranks.sharded_parameters  # whose graphs do not tell
+        if not (at_once or layout.given or layout.complete):
+            layout.forget()  # found with the last micro-batch
+        gradients = self.backward.gradients()
+        gradients.begin()
+        new = not gradients.known or gradients.reach.unmet(there)
+        if there and new and (at_once or gradients.known):
+            gradients.discover(losses)
+            if layout.extend(balancer, self.trainer.optimizers):
+                gradients = self.backward.gradients()
+                gradients.begin()
+            if not gradients.shared and not layout.complete and balancer is not None:
+                group.form = "rows"  # nothing is shared by the tasks so far: they train as they are
+            marked = balancer is not None and balancer.gradients.startswith("representation")
+            if group.form == "probe" and marked:
+                check_behind(group.representation, losses.values, gradients)
+        group.outside = self.backward.outside()
 
     def _spare(
         self, group: Group, balancer: GradientBalancer, losses: TaskLosses, single: bool
     ) -> None:
         """Ask the balancer which task gradients it can do without in this step."""
-        given = (self.module.training_tasks, None)
-        present = losses.present
-        with balancer.only(*(self.backward.rows_of(present) if single else given)):
-            reused = balancer.reused_weights()
-            wanted = balancer.wanted(len(present)) if single else None
-        if wanted is not None:
-            group.wanted = {present[i] for i in wanted}
-        if reused is not None and self.backward.gradients().known:
-            rows = present if single and len(present) < len(given[0]) else None
-            group.reused = of_all(reused, rows, len(given[0]), reused)
-            if balancer.weight_heads and own_head_weights(balancer):
-                with balancer.only(*(self.backward.rows_of(present) if single else given)):
-                    heads = balancer.head_weights()
-                group.reused_heads = of_all(heads, rows, len(given[0]), heads)
-            both = balancer.weight_heads and not own_head_weights(balancer)
-            group.form = "sum" if both else "reuse"
-
-    def _all_seen(self, group: Group) -> bool:
-        """Whether every task has been met once, without which heads look like shared ones."""
-        known = self.layout.known
-        if self._first_done and (known or self.gradient_balancer is None):
-            return True
         tasks = self.module.training_tasks
-        unseen = [tasks[t] for t, count in enumerate(group.counts) if not count]
-        given = self.layout.saved is not None or self.module.shared_parameters() is not None
-        if not unseen or given:
-            self._first_done = True
-        elif not group.dropped:
-            raise ValueError(
-                f"Expected every task in the first optimiser step but found no loss of {unseen}; "
-                f"the declared tasks are {list(tasks)}. Return its loss from `task_losses`, leave "
-                f"it out with `active_tasks`, or override `shared_parameters()` if a task may be "
-                f"missing from the first step."
-            )
-        return not unseen or given
+        there = losses.present if single else range(len(tasks))
+        rows = [t for t in there if t not in group.outside]
+        if not rows:
+            return
+        with balancer.only(*self.backward.rows_of(rows)):
+            reused = balancer.reused_weights()
+            wanted = balancer.wanted(len(rows)) if single else None
+            own = balancer.weight_heads and own_head_weights(balancer)
+            heads = balancer.head_weights() if reused is not None and own else None
+        if wanted is not None:
+            group.wanted = {rows[i] for i in wanted} | group.outside
+        if reused is not None and self.backward.gradients().known:
+            group.reused = of_all(reused, rows, len(tasks), reused, group.outside)
+            if heads is not None:
+                group.reused_heads = of_all(heads, rows, len(tasks), heads, group.outside)
+            both = balancer.weight_heads and not own
+            group.form = "sum" if both else "reuse"
 
     def mark(self, representation: Tensor) -> None:
         """Note the shared representation of the batch."""
@@ -315,14 +334,25 @@ class Flow:
             names = [tasks[t] for t in present]
             after = losses_again(self.module, group.seen, names, self.ranks).to(losses)
         for balancer in self._learners:
-            with balancer.only(*self.backward.rows_of(present)):
-                balancer.update(losses, after)
+            rows, part = present, list(range(len(present)))
+            if not isinstance(balancer, LossBalancer):
+                rows = group.balanced()
+                part = [i for i, t in enumerate(present) if t in rows]
+            if not rows:
+                continue
+            with balancer.only(*self.backward.rows_of(rows)):
+                balancer.update(losses[part], None if after is None else after[part])
 
     # ------------------------------------------------------------ record and state
 
     def record(self) -> StepRecord | None:
         """What the last optimiser step did."""
         return self.backward.record()
+
+    def check_trained(self) -> None:
+        """Refuse a fit that ends without a step; one that was resumed may have had none to make."""
+        if self.trainer.ckpt_path is None or self.trainer.global_step == 0:
+            self._idle.finish(self.module.on_bad_loss)
 
     def check_frozen(self) -> None:
         """Refuse parameters that were frozen or unfrozen since the first step."""
@@ -365,36 +395,6 @@ class Flow:
         self.layout.load_state_dict(state)
         self._first_done = state["first_done"]
         self._uneven = state["uneven"]
-
-
-def same_tasks(tasks: Sequence[str], ranks: OneProcess) -> None:
-    """Refuse ranks that train different tasks, before any of them waits for another.
-
-    Raises:
-        ValueError: they do.
-    """
-    found = ranks.gather(list(tasks))
-    for rank, other in enumerate(found):
-        if other != found[0]:
-            raise ValueError(
-                f"Expected the same tasks in the same order on every rank but rank 0 trains "
-                f"{found[0]} and rank {rank} {other}. Declare the tasks in the module, or return a "
-                f"dict with every task on every rank, `None` for one without labels."
-            )
-
-
-def _learns(balancer: Balancer) -> bool:
-    """Whether it, or one it wraps, defines ``update``."""
-    own = type(balancer).update is not Balancer.update
-    return own or any(_learns(nested) for nested in balancer.nested().values())
-
-
-def _all_rows(balancer: GradientBalancer | None) -> bool:
-    """Whether it needs all task gradients in every step."""
-    if balancer is None:
-        return False
-    kind, base = type(balancer), GradientBalancer
-    return kind.reused_weights is base.reused_weights and kind.wanted is base.wanted
 
 
 def _without_autocast(device_type: str) -> AbstractContextManager[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -35,6 +36,7 @@ class Group:
         reused: weights of the gradient balancer that hold from an earlier step, in the same form.
         reused_heads: weights of the head gradients that go with them; ``None`` for ones.
         wanted: tasks whose rows are needed; ``None`` for all.
+        outside: tasks that take no part in the gradient stage.
         seen: its micro-batches, where the losses are needed again.
         uneven: whether label counts or absent tasks were met under accumulation.
         counted: tasks that brought label counts.
@@ -42,6 +44,8 @@ class Group:
         received: number of micro-batches.
         skip: whether the step is to be left out.
         dropped: whether a bad loss was left out.
+        bad: in how many micro-batches the loss or gradient of a task was bad.
+        empty: number of micro-batches without any loss.
         overflow: whether half-precision gradients overflowed, so that the scaler skips the step.
     """
 
@@ -53,6 +57,7 @@ class Group:
     reused: Tensor | None = None
     reused_heads: Tensor | None = None
     wanted: set[int] | None = None
+    outside: set[int] = field(default_factory=set)
     seen: list[Seen] = field(default_factory=list)
     uneven: bool = False
     counted: set[int] = field(default_factory=set)
@@ -61,6 +66,8 @@ class Group:
     late: bool = False
     skip: bool = False
     dropped: bool = False
+    bad: Counter[int] = field(default_factory=Counter)
+    empty: int = 0
     overflow: bool = False
 
     def add(self, losses: TaskLosses) -> None:
@@ -69,6 +76,10 @@ class Group:
         self.skip |= losses.skip
         self.dropped |= losses.dropped
         self.counted |= losses.counted
+        if losses.bad:
+            self.bad.update(losses.bad)
+        elif not losses.present:
+            self.empty += 1
         if losses.joint is not None:
             for t in losses.present:
                 total, count = losses.joint[t], losses.joint_counts[t]
@@ -101,6 +112,10 @@ class Group:
             every if count and t not in self.counted else count
             for t, count in enumerate(self.counts)
         ]
+
+    def balanced(self) -> list[int]:
+        """Those of them that take part in the gradient stage."""
+        return [t for t, count in enumerate(self.counts) if count and t not in self.outside]
 
     def mean_losses(self) -> Tensor:
         """Mean losses of the tasks that are there."""

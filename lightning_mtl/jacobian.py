@@ -59,7 +59,9 @@ class TaskGradients:
         self.heads = HeadGradients(num_tasks)  # of all parameters, while the shared are unknown
         self.shared: list[str] | None = None
         self.reach = Reach(num_tasks)
-        self.layer: list[str] | None = None  # the last that all tasks reach, once it was needed
+        self.before: list[str] = []  # shared in a layout of which this one is an extension
+        self.outside: set[int] = set()  # tasks that reach no shared parameter
+        self._inward: set[int] = set()  # those of them that did, in this step
         self._columns = Columns((), ())
         self._line: Tensor | None = None  # of this step's direction, until it is given away
         self._spent = False  # whether the row was given away with it
@@ -86,6 +88,7 @@ class TaskGradients:
         self._reached = [False] * len(self.shared or ())
         self._met: list[Collection[str]] | None = None  # heads that each task reached on any rank
         self._apart: list[Tensor] = []
+        self._inward = set()
         self._sent = []
 
     def set_aside(self) -> None:
@@ -98,18 +101,13 @@ class TaskGradients:
         return self.ranks.sum_(torch.stack([*self._apart, self._close()]))
 
     def discover(self, losses: TaskLosses) -> None:
-        """Find the shared parameters from the graphs of the losses, before any gradient."""
-        self._find(from_graph(losses, self.parameters, self.num_tasks))
+        """Find the shared parameters from the graphs of the losses, before any gradient.
 
-    def trace(self, losses: TaskLosses) -> None:
-        """Look at the graphs of tasks that nobody has looked at, where the layout was given."""
-        new = [t for t in losses.present if self.reach.by_task[t] is None]
-        if new:
-            reached = from_graph(losses, self.parameters, self.num_tasks)
-            found = on_any_rank(reached, self._order, self.ranks)
-            for t in new:
-                self.reach.by_task[t] = found[t]
-            self.layer = None
+        Where they are known already, only note what the tasks reach.
+        """
+        reached = from_graph(losses, self.parameters, self.num_tasks)
+        left_out = [t for t, _ in losses.left_out]
+        self._find(reached, [*losses.present, *losses.bad, *left_out])
 
     def note_late(self) -> None:
         """Look for parameters outside the rows that a second task has reached by now."""
@@ -118,9 +116,24 @@ class TaskGradients:
         heads = [h.keys() for h in self.heads.by_task] if self._met is None else self._met
         self.reach.note(heads, self._order[len(self.shared or ()) :])
 
-    def _find(self, reached: Sequence[Collection[str]]) -> None:
-        self.reach.by_task = [*on_any_rank(reached, self._order, self.ranks)]
-        self._fix(self.reach.shared(self._order))
+    def _find(self, reached: Sequence[Collection[str]], tasks: Collection[int] = ()) -> None:
+        self.reach.add(on_any_rank(reached, self._order, self.ranks), tasks)
+        if self.shared is None:
+            found = self.reach.shared(self._order)
+            self._fix([*self.before, *(n for n in found if n not in set(self.before))])
+        self.note_outside()
+
+    def note_outside(self) -> None:
+        """Note the tasks without any way to a shared parameter."""
+        self.outside = self.reach.outside(self.shared or ())
+
+    def turn_inward(self) -> None:
+        """Take tasks that have turned out to reach shared parameters for such, on every rank."""
+        if self.outside:
+            flags = torch.tensor([t in self._inward for t in range(self.num_tasks)])
+            if not self.ranks.alone:
+                flags = self.ranks.max_(flags.to(self.ranks.device, torch.uint8)).cpu()
+            self.outside -= set(flags.nonzero()[:, 0].tolist())
 
     def add(
         self,
@@ -167,6 +180,8 @@ class TaskGradients:
             self._new_rows()
         parts = self._row_views[task]
         present = [g for g in grads if g is not None]
+        if self.outside and present and task in self.outside:
+            self._inward.add(task)
         if self._any_complex:
             present = [real(g) for g in present]
         into = parts
@@ -361,6 +376,8 @@ class TaskGradients:
     def combine(self, weights: Tensor) -> Tensor:
         """The direction ``weights @ J``, shape ``(P,)``, in the vector behind ``.grad``."""
         assert self.rows is not None
+        if not self.shared:
+            return self._direction  # nothing is shared, so far
         return combine(self.rows, weights, self._direction)
 
     def write_heads(self, weights: Tensor | None) -> None:

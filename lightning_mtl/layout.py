@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_mtl.balancer import GradientBalancer
 from lightning_mtl.flat import real
 from lightning_mtl.jacobian import TaskGradients
+from lightning_mtl.reach import Reach
 from lightning_mtl.strategies import OneProcess
 from lightning_mtl.strategies.fsdp2 import ShardedParameters, check_sharded
 from lightning_mtl.strategies.sharded import ShardedGradients
@@ -38,8 +39,10 @@ class Layout:
         self._captured: dict[str, nn.Parameter] = {}
         self._held: list[Tensor] = []  # what optimizers trained when the buffers were made
         self._summed_held: list[Tensor] = []
-        self._reached: Any = None  # by which tasks, as restored
-        self._layer: list[str] | None = None  # the last that all tasks reach, as restored
+        self._reach: Reach | None = None  # of the tasks, kept when the buffers are made anew
+        self._restored: dict[str, Any] | None = None  # what a checkpoint says of it
+        self._before: list[str] = []  # shared in the buffers before
+        self._given: bool | None = None
         self._warned: set[str] = set()
         self.probing = False  # whether J is never whole
 
@@ -47,6 +50,23 @@ class Layout:
     def known(self) -> bool:
         """Whether the shared parameters have been found."""
         return self._gradients is not None and self._gradients.known
+
+    @property
+    def given(self) -> bool:
+        """Whether nothing has to be found: the user, or an old checkpoint, names what is shared."""
+        if self._given is None:
+            self._given = self.module.shared_parameters() is not None
+        return self._given
+
+    @property
+    def complete(self) -> bool:
+        """Whether every task has been met, so that none can bring shared parameters later."""
+        return self._reach is not None and self._reach.complete
+
+    @property
+    def outside(self) -> set[int]:
+        """Tasks that reach no shared parameter."""
+        return set() if self._gradients is None else self._gradients.outside
 
     def gradients(self, optimizers: Sequence[Any]) -> TaskGradients:
         """Buffers for the task gradients, made on first use."""
@@ -59,8 +79,13 @@ class Layout:
             self._gradients = self._make(
                 parameters, num_tasks, shared, self.ranks, memory=memory, in_place=self.probing
             )
-            self._gradients.reach.restore(self._reached, list(parameters))
-            self._gradients.layer = self._layer
+            if self._reach is None:
+                self._reach = self._gradients.reach
+                if self._restored is not None:
+                    self._reach.restore(self._restored, list(parameters))
+            self._gradients.reach, self._gradients.before = self._reach, self._before
+            if shared is not None:
+                self._gradients.note_outside()
         return self._gradients
 
     def summed(self, optimizers: Sequence[Any], *, first: bool) -> TaskGradients:
@@ -111,37 +136,51 @@ class Layout:
         return ShardedGradients if sharded else TaskGradients
 
     def forget(self) -> None:
-        """Look for the shared parameters again."""
-        self._gradients = None
+        """Look for the shared parameters again; what tasks reach stays known."""
+        shared = self.saved if self._gradients is None else self._gradients.shared
+        self._before, self.saved, self._gradients = list(shared or self._before), None, None
+
+    def settle(self, balancer: GradientBalancer | None) -> None:
+        """Make room in the state of the balancer for what was found beyond the layout before."""
+        if self._gradients is not None and self._before and balancer is not None:
+            self._widen(balancer, (self._gradients.shared or [])[len(self._before) :])
+        self._before = []
+
+    def extend(self, balancer: GradientBalancer | None, optimizers: Sequence[Any]) -> bool:
+        """Balance what tasks that were just met share with others; whether there is any."""
+        gradients = self._gradients
+        if gradients is None or gradients.shared is None or self._reach is None or self.given:
+            return False
+        known = set(gradients.shared)
+        more = [n for n in self._reach.shared(gradients.parameters) if n not in known]
+        if more:
+            self._lengthen(gradients, more, balancer, optimizers)
+        return bool(more)
 
     def release(self) -> None:
         """Free the buffers; what is shared stays known."""
-        if self._gradients is not None:
+        if self._gradients is not None and self._gradients.known:
             self._keep(self._gradients, self._gradients.shared)
-        self._summed = None
+        self._gradients = self._summed = None
 
     def state_dict(self) -> dict[str, Any]:
         """Names of the shared and of all trainable parameters."""
-        if self._gradients is not None and self._gradients.known:
-            names = list(self._gradients.parameters)
-            return {
-                "trainable": names,
-                "shared": self._gradients.shared,
-                "reached": self._gradients.reach.state(names),
-                "layer": self._gradients.layer,
-            }
-        return {
-            "trainable": self._saved_trainable,
-            "shared": self.saved,
-            "reached": self._reached,
-            "layer": self._layer,
-        }
+        names, shared = self._saved_trainable, self.saved
+        if self._gradients is not None:
+            names, shared = list(self._gradients.parameters), self._gradients.shared
+        shared = self._before or None if shared is None else shared
+        if self._reach is None or names is None:
+            return {"trainable": names, "shared": shared, **(self._restored or {})}
+        return {"trainable": names, "shared": shared, **self._reach.state(names)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue with the saved names."""
         self.saved, self._saved_trainable = state["shared"], state["trainable"]
-        # A checkpoint of an older version has none.
-        self._reached, self._layer = state.get("reached"), state.get("layer")
+        keys = ("reached", "met", "layer")
+        if all(key in state for key in keys):  # else it is one of an older version
+            self._restored = {key: state[key] for key in keys}
+        elif self.saved is not None:
+            self._given = True
 
     def check_frozen(self, optimizers: Sequence[Any], *, first: bool, balanced: bool) -> None:
         """Refuse parameters that were frozen or unfrozen since the layout was begun.
@@ -160,8 +199,8 @@ class Layout:
             return
         if not first or (balanced and self._gradients.known):
             raise self._changed(optimizers, list(self._gradients.parameters))
-        self.forget()
-        self.saved = self._saved_trainable = self._reached = self._layer = None
+        self._gradients = self.saved = self._saved_trainable = self._reach = self._restored = None
+        self._before, self._given = [], None
 
     def _changed(self, optimizers: Sequence[Any], before: Sequence[str]) -> ValueError:
         changed = sorted(set(trainable(self.module, optimizers)) ^ set(before))
@@ -180,25 +219,38 @@ class Layout:
         not stand for stays a sum, which is said once.
         """
         gradients = self._gradients
-        if gradients is None or not gradients.reach.late or self.module.shared_parameters():
+        if gradients is None or not gradients.reach.late or self.given:
             return
         late, gradients.reach.late = gradients.reach.late, []
         if balancer is not None and balancer.gradients.startswith("representation"):
             self._warn_late(balancer, [name for name in late if name not in self._warned])
             return
+        self._lengthen(gradients, late, balancer, optimizers)
+
+    def _lengthen(
+        self,
+        gradients: TaskGradients,
+        more: list[str],
+        balancer: GradientBalancer | None,
+        optimizers: Sequence[Any],
+    ) -> None:
+        """Buffers with columns for more parameters, behind the others."""
         if balancer is not None:
-            balancer.unshard()
-            found = [real(gradients.parameters[name].detach()) for name in late]
-            balancer.widen(late, [p.numel() for p in found])
-        self._keep(gradients, [*(gradients.shared or ()), *late])
+            self._widen(balancer, more)
+        self._keep(gradients, [*(gradients.shared or ()), *more])
         del gradients
         self.gradients(optimizers)
+
+    def _widen(self, balancer: GradientBalancer, names: Sequence[str]) -> None:
+        assert self._gradients is not None
+        balancer.unshard()
+        found = [real(self._gradients.parameters[name].detach()) for name in names]
+        balancer.widen(names, [p.numel() for p in found])
 
     def _keep(self, gradients: TaskGradients, shared: list[str] | None) -> None:
         """Note what is shared, and let the buffers go."""
         self.saved, self._saved_trainable = shared, list(gradients.parameters)
-        self._reached = gradients.reach.state(self._saved_trainable)
-        self._layer = gradients.layer
+        self._before = []
         self._gradients = None
 
     def _warn_late(self, balancer: GradientBalancer, late: list[str]) -> None:

@@ -26,6 +26,8 @@ class TaskLosses:
         counts: valid labels behind each loss; 1 where the module gave none.
         skip: whether the whole step is to be skipped.
         dropped: whether a bad loss was left out.
+        bad: the tasks that it was of, on any rank.
+        left_out: index and loss of those left out here: their graph is as good as any.
         joint: sums over ranks of losses times counts, by task, shape ``(T,)``; ``None`` in a run
             of one process.
         joint_counts: sums of counts.
@@ -38,6 +40,8 @@ class TaskLosses:
     counts: list[float]
     skip: bool = False
     dropped: bool = False
+    bad: set[int] = field(default_factory=set)
+    left_out: list[tuple[int, Tensor]] = field(default_factory=list)
     joint: Tensor | None = None
     joint_counts: list[float] = field(default_factory=list)
     size: int = 1
@@ -162,6 +166,7 @@ def read_losses(
     ranks: OneProcess,
     lockstep: str = "",
     late: bool = False,
+    from_batch: bool = False,
 ) -> TaskLosses:
     """Validate what ``task_losses`` returned.
 
@@ -175,6 +180,7 @@ def read_losses(
         step: the optimiser step, for messages.
         ranks: the processes of the run, which agree on every loss.
         late: leave finite numbers to a later check, with what else the host needs of the step.
+        from_batch: whether nobody declared the tasks, and they are those of the first batch.
         lockstep: why all of them have to run the same backward passes; empty where they need not.
 
     Raises:
@@ -184,7 +190,7 @@ def read_losses(
     """
     wrong = None
     try:
-        read = _read(losses, declared, active)
+        read = _read(losses, declared, active, from_batch)
     except (TypeError, ValueError) as error:
         if ranks.alone:
             raise
@@ -206,7 +212,9 @@ def read_losses(
     return read
 
 
-def _read(losses: Any, declared: Sequence[str], active: Sequence[str]) -> TaskLosses:
+def _read(
+    losses: Any, declared: Sequence[str], active: Sequence[str], from_batch: bool
+) -> TaskLosses:
     """The losses of the tasks that are there, with their counts."""
     if not isinstance(losses, Mapping):
         raise TypeError(
@@ -214,7 +222,15 @@ def _read(losses: Any, declared: Sequence[str], active: Sequence[str]) -> TaskLo
             f"{type(losses).__name__}. Return one scalar loss for each of "
             f"{list(declared) or 'your tasks'}."
         )
-    if not all(task in declared for task in losses):
+    later = [task for task in losses if task not in declared]
+    if later and from_batch:
+        raise ValueError(
+            f"`task_losses` returned a loss of {later}, which the first batch had not: without "
+            f"declared tasks, those of the first batch, {list(declared)}, are the tasks. Declare "
+            f"all of them, `super().__init__(tasks={[*declared, *later]})`, or return None for "
+            f"those without labels in the first batch."
+        )
+    if later:
         known_tasks(list(losses), declared, "The dict that `task_losses` returned")
     read = TaskLosses([], [], [])
     for index, task in enumerate(active):
@@ -309,10 +325,12 @@ def _drop_bad(
 ) -> None:
     if on_bad_loss == "raise":
         raise bad_loss(found, limit, step)
-    read.dropped = True
+    read.dropped, read.bad = True, bad
     if on_bad_loss == "skip_step":
         read.skip = True
         return
+    pairs = zip(read.tasks, read.values, strict=True)
+    read.left_out = [(t, value) for t, value in pairs if t in bad]
     keep = [i for i, t in enumerate(read.tasks) if t not in bad]
     read.tasks = [read.tasks[i] for i in keep]
     read.values = [read.values[i] for i in keep]

@@ -22,7 +22,7 @@ from lightning_mtl.measuring import Measuring, default_step, with_delta_p
 from lightning_mtl.record import StepRecord
 from lightning_mtl.reserved import assigned, check_class
 from lightning_mtl.storage import Memory
-from lightning_mtl.supported import check_trainer
+from lightning_mtl.supported import check_trainer, own_step
 from lightning_mtl.task import Task
 from lightning_mtl.trainer_flags import TrainerFlags
 
@@ -97,6 +97,11 @@ class MultiTaskModule(LightningModule):
             ``"raise"`` an error that names task and step, ``"skip_task"`` for this batch, or
             ``"skip_step"``; with these it never reaches a parameter. ``"ignore"`` looks at nothing,
             like plain Lightning, so that no step waits for the device because of it.
+        max_skipped_steps: so many optimiser steps in a row may be left out, for bad losses or for
+            want of any, before the fit ends with an error; without accumulation that is as many
+            batches.
+        unbalanced_tasks: tasks that take no part in the gradient stage, as with
+            ``Task(..., balance=False)``; for tasks that are not declared.
         baseline: single-task results for Δp, ``{task: {metric: value}}`` or the ``baseline.json``
             of ``lightning-mtl compare``.
         shard_gradients: with several processes, let each keep a part of the columns of the task
@@ -117,6 +122,8 @@ class MultiTaskModule(LightningModule):
         *,
         active_tasks: Sequence[str] | None = None,
         on_bad_loss: OnBadLoss = "raise",
+        max_skipped_steps: int = 100,
+        unbalanced_tasks: Sequence[str] = (),
         shard_gradients: bool = False,
         gradient_memory: Memory = "full",
         gradient_blocks: int = 4,
@@ -130,9 +137,11 @@ class MultiTaskModule(LightningModule):
         self.on_bad_loss: OnBadLoss = on_bad_loss
         self.gradient_memory: Memory = gradient_memory
         self.gradient_blocks = gradient_blocks
+        self.max_skipped_steps = max_skipped_steps
         self.automatic_optimization = False
         self.shard_gradients = shard_gradients
         self._declared: tuple[str, ...] | None = None
+        self.names_from_batch = False  # whether the first batch named the tasks
         self._active: tuple[str, ...] | None = None
         self._tasks = nn.ModuleDict()
         if tasks is not None:
@@ -141,6 +150,10 @@ class MultiTaskModule(LightningModule):
             _check_tasks(tasks)
             # Prefixed: an entry of nn.ModuleDict cannot be named like one of its methods.
             self._tasks = nn.ModuleDict({f"task_{name}": task for name, task in tasks.items()})
+            own = [name for name, task in tasks.items() if not task.balance]
+            unbalanced_tasks = (*dict.fromkeys((*unbalanced_tasks, *own)),)
+        self._unbalanced = frozenset(check_task_names(unbalanced_tasks) if unbalanced_tasks else ())
+        self._check_unbalanced()
         self.active_tasks = active_tasks
         self._evaluation = Evaluation(baseline, delta_p_metrics)
         self._flow: Flow | None = None  # made anew by every fit
@@ -179,9 +192,19 @@ class MultiTaskModule(LightningModule):
         """Names of the tasks that train, in the order of every per-task vector."""
         return self._active or self.task_names
 
+    @property
+    def unbalanced_tasks(self) -> frozenset[str]:
+        """Names of the tasks that take no part in the gradient stage."""
+        return self._unbalanced
+
+    def _check_unbalanced(self) -> None:
+        if self._declared is not None:
+            known_tasks(sorted(self._unbalanced), self._declared, "`unbalanced_tasks`")
+
     def _declare(self, names: tuple[str, ...]) -> None:
         """Take the names of the first batch for those of the tasks."""
-        self._declared = names
+        self._declared, self.names_from_batch = names, True
+        self._check_unbalanced()
         self.active_tasks = self._active  # names them in this order, refuses unknown ones
 
     @property
@@ -294,6 +317,12 @@ class MultiTaskModule(LightningModule):
     def add_module(self, name: str, module: nn.Module | None) -> None:
         """As in every module, but not under a reserved name."""
         super().add_module(name, assigned(self, name, module))
+
+    def manual_backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """As Lightning's; refused inside :meth:`task_losses`, after which the flow does it."""
+        if self._flow is not None and self._flow.in_losses:
+            raise own_step("`manual_backward`")
+        super().manual_backward(loss, *args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles leave the Trainer behind, and with it the running fit."""

@@ -194,7 +194,7 @@ def open_probe(
     check_shared(module, balancer, gradients, f"`gradients='{level}'`")
     tensors: Sequence[Tensor] = marked
     if level == "last_layer":
-        tensors = last_layer(module, balancer, gradients, losses)
+        tensors = last_layer(module, balancer, gradients)
     elif len(marked) != 1 or not marked[0].requires_grad:
         raise ValueError(
             f"Expected one shared representation a batch with `gradients='{level}'` of "
@@ -231,7 +231,6 @@ def last_layer(
     module: MultiTaskModule,
     balancer: GradientBalancer,
     gradients: TaskGradients,
-    losses: TaskLosses,
 ) -> list[nn.Parameter]:
     """Parameters of the last shared layer: given, or the last that every task reaches.
 
@@ -241,7 +240,7 @@ def last_layer(
     """
     given: Iterable[nn.Parameter] | None = module.last_shared_layer()
     if given is None:
-        names = _found_layer(module, balancer, gradients, losses)
+        names = _found_layer(module, balancer, gradients)
         return [gradients.parameters[name] for name in names]
     shared = {name: gradients.parameters[name] for name in gradients.shared or ()}
     chosen = list(given)
@@ -259,14 +258,12 @@ def _found_layer(
     module: MultiTaskModule,
     balancer: GradientBalancer,
     gradients: TaskGradients,
-    losses: TaskLosses,
 ) -> list[str]:
     """Names of the parameters that all tasks reach, of the module that owns the last of them.
 
     In the order of ``named_parameters()``, of which what is outside the module has none.
     """
-    gradients.trace(losses)
-    if gradients.layer is None:
+    if gradients.reach.layer is None:
         shared, own = set(gradients.shared or ()), {id(p) for p in module.parameters()}
         names = [n for n, p in gradients.parameters.items() if n in shared and id(p) in own]
         common = gradients.reach.common(names)
@@ -277,8 +274,8 @@ def _found_layer(
                 f"`last_shared_layer()` to name one, or use `gradients='parameters'`."
             )
         owner = common[-1].rpartition(".")[0]
-        gradients.layer = [n for n in common if n.rpartition(".")[0] == owner]
-    return gradients.layer
+        gradients.reach.layer = [n for n in common if n.rpartition(".")[0] == owner]
+    return gradients.reach.layer
 
 
 def check_behind(

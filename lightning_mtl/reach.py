@@ -22,11 +22,36 @@ class Reach:
     Attributes:
         by_task: names; ``None`` for a task whose graph nobody has looked at.
         late: parameters outside the rows that turned out to be shared.
+        layer: the last that all tasks reach, once it was needed.
     """
 
     def __init__(self, num_tasks: int) -> None:
         self.by_task: list[set[str] | None] = [None] * num_tasks
         self.late: list[str] = []
+        self.layer: list[str] | None = None
+
+    @property
+    def complete(self) -> bool:
+        """Whether every task has been met."""
+        return all(found is not None for found in self.by_task)
+
+    def unmet(self, tasks: Iterable[int]) -> bool:
+        """Whether one of the tasks has not been met before."""
+        return any(self.by_task[t] is None for t in tasks)
+
+    def add(self, reached: Sequence[Collection[str]], tasks: Collection[int]) -> None:
+        """Note what tasks reach: those in ``tasks``, and others that reach anything."""
+        for t, names in enumerate(reached):
+            if names or t in tasks:
+                found = self.by_task[t]
+                self.layer = self.layer if found is not None else None
+                self.by_task[t] = {*names} if found is None else {*found, *names}
+
+    def outside(self, shared: Iterable[str]) -> set[int]:
+        """Tasks that reach none of the shared parameters."""
+        names = set(shared)
+        met = enumerate(self.by_task)
+        return {t for t, found in met if found is not None and not found & names}
 
     @property
     def needed(self) -> int:
@@ -60,21 +85,23 @@ class Reach:
         if first:
             self.late = self.shared(outside)
 
-    def state(self, order: Sequence[str]) -> list[int] | None:
-        """A number for each name, a bit a task; ``None`` where a task is not known."""
-        if any(found is None for found in self.by_task):
-            return None
-        return [
+    def state(self, order: Sequence[str]) -> dict[str, Any]:
+        """As plain containers: for each name a number, with a bit a task that reaches it."""
+        bits = [
             sum(1 << t for t, found in enumerate(self.by_task) if found and n in found)
             for n in order
         ]
+        met = [found is not None for found in self.by_task]
+        return {"reached": bits, "met": met, "layer": self.layer}
 
-    def restore(self, state: Any, order: Sequence[str]) -> None:
+    def restore(self, state: Mapping[str, Any], order: Sequence[str]) -> None:
         """Continue with what :meth:`state` gave for the same names."""
-        if state is not None and len(state) == len(order):
+        bits, met = state["reached"], state["met"]
+        if len(bits) == len(order) and len(met) == len(self.by_task):
+            self.layer = state["layer"]
             self.by_task = [
-                {n for n, bits in zip(order, state, strict=True) if bits >> t & 1}
-                for t in range(len(self.by_task))
+                {n for n, b in zip(order, bits, strict=True) if b >> t & 1} if known else None
+                for t, known in enumerate(met)
             ]
 
 
@@ -82,13 +109,14 @@ def from_graph(losses: TaskLosses, parameters: Mapping[str, Tensor], num: int) -
     """What each task of a batch reaches, from the graphs of its losses.
 
     Args:
-        losses: with graphs.
+        losses: with graphs, of bad ones too.
         parameters: of interest, by name.
         num: number of active tasks T.
     """
     names = {id(p): name for name, p in parameters.items()}
     reached: list[set[str]] = [set() for _ in range(num)]
-    for t, loss, _, _ in losses:
+    pairs = [(t, loss) for t, loss, _, _ in losses]
+    for t, loss in pairs + losses.left_out:
         reached[t] = {names[i] for i in reachable(loss) if i in names}
     return reached
 

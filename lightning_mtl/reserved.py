@@ -18,7 +18,14 @@ if TYPE_CHECKING:
     from lightning_mtl.module import MultiTaskModule
 
 # Arguments that may also be set as attributes.
-_ARGUMENTS = ("active_tasks", "on_bad_loss", "gradient_memory", "gradient_blocks", "shard_gradients")
+_ARGUMENTS = (
+    "active_tasks",
+    "on_bad_loss",
+    "max_skipped_steps",
+    "gradient_memory",
+    "gradient_blocks",
+    "shard_gradients",
+)
 # Methods that a subclass may define.
 _METHODS = {
     "task_losses": "returns the losses of a batch",
@@ -87,7 +94,7 @@ def _argument(module: MultiTaskModule, name: str, value: Any) -> Any:
         return value
     if name == "gradient_memory":
         return one_of(module, name, value, get_args(Memory))
-    if name == "gradient_blocks":
+    if name in ("gradient_blocks", "max_skipped_steps"):
         return whole(module, name, value)
     if name == "shard_gradients":
         return _flag(module, name, value)

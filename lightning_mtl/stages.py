@@ -8,6 +8,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_mtl.balancer import Balancer, GradientBalancer, LossBalancer
+from lightning_mtl.strategies import OneProcess
 
 
 def attached_balancers(
@@ -46,3 +47,33 @@ def check_tasks(balancers: Iterable[Balancer | None], tasks: Sequence[str]) -> N
         if check is not None:
             check(tasks)
         check_tasks(balancer.nested().values(), tasks)
+
+
+def learns(balancer: Balancer) -> bool:
+    """Whether it, or one it wraps, defines ``update``."""
+    own = type(balancer).update is not Balancer.update
+    return own or any(learns(nested) for nested in balancer.nested().values())
+
+
+def needs_all_rows(balancer: GradientBalancer | None) -> bool:
+    """Whether it needs all task gradients in every step."""
+    if balancer is None:
+        return False
+    kind, base = type(balancer), GradientBalancer
+    return kind.reused_weights is base.reused_weights and kind.wanted is base.wanted
+
+
+def same_tasks(tasks: Sequence[str], ranks: OneProcess) -> None:
+    """Refuse ranks that train different tasks, before any of them waits for another.
+
+    Raises:
+        ValueError: they do.
+    """
+    found = ranks.gather(list(tasks))
+    for rank, other in enumerate(found):
+        if other != found[0]:
+            raise ValueError(
+                f"Expected the same tasks in the same order on every rank but rank 0 trains "
+                f"{found[0]} and rank {rank} {other}. Declare the tasks in the module, or return a "
+                f"dict with every task on every rank, `None` for one without labels."
+            )

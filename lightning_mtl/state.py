@@ -171,7 +171,8 @@ class Stateful(Callback):
             f"{type(self).__name__} expected its state `{name}` in shape {expected} but found "
             f"{tuple(state.shape)}: it belongs to a run with other tasks or other shared "
             f"parameters. Resume with the same model, or call `reset()` on the balancer to start "
-            f"its state afresh."
+            f"its state afresh. In a run whose first steps lack a task, name what the tasks share "
+            f"in `shared_parameters()`."
         )
 
     def reset(self) -> None:

@@ -16,6 +16,7 @@ from lightning_mtl.perturbed import Perturbing
 
 if TYPE_CHECKING:
     from lightning_mtl.balancer import Balancer, GradientBalancer
+    from lightning_mtl.flow import Flow
     from lightning_mtl.module import MultiTaskModule
 
 _CURES = {
@@ -130,6 +131,28 @@ def check_optimizers(trainer: Trainer, module: MultiTaskModule) -> None:
                 f"several times a step, and balancing happens once. Use a first-order optimizer "
                 f"such as SGD or AdamW."
             )
+
+
+def own_step(found: str) -> MisconfigurationException:
+    """The error for manual optimisation that was left in ``task_losses``."""
+    return MisconfigurationException(
+        f"Expected `task_losses` to return losses only but it calls {found}: backward passes and "
+        f"optimizer steps follow it, once a batch. Return {{task: loss}} instead, without "
+        f"`zero_grad`, `manual_backward` and `step`; several optimizers, clipping and schedulers "
+        f"are Lightning's to run. Losses that need steps in turn (a GAN) want a plain "
+        f"LightningModule with manual optimisation."
+    )
+
+
+def watch_own_steps(trainer: Trainer, flow: Flow) -> list[Any]:
+    """Refuse steps of the optimizers inside ``task_losses``; returns handles of the hooks."""
+
+    def refuse(*_: Any) -> None:
+        if flow.in_losses:
+            raise own_step("`step` of an optimizer")
+
+    known = [o for o in trainer.optimizers if isinstance(o, torch.optim.Optimizer)]
+    return [optimizer.register_step_pre_hook(refuse) for optimizer in known]
 
 
 def check_batches(trainer: Trainer, balancer: GradientBalancer | None) -> None:

@@ -26,6 +26,8 @@ class Task(nn.Module):
             are missing: a batch with none leaves the task out, and means over micro-batches, and
             over the batches of validation and test, are then weighted by valid labels. Without it
             the latter are weighted by samples.
+        balance: whether a gradient balancer takes part in this task's gradients. ``False`` adds
+            them as they are, and the balancer sees the other tasks only.
 
     Example:
         >>> import torch
@@ -42,6 +44,7 @@ class Task(nn.Module):
         *,
         target: str | None = None,
         count: Callable[[Any], Any] | None = None,
+        balance: bool = True,
     ) -> None:
         super().__init__()
         if not callable(loss):
@@ -52,6 +55,7 @@ class Task(nn.Module):
         self.loss = loss
         self.target = target
         self.count = count
+        self.balance = balance
         collection = _collection(metrics)
         self.metrics = nn.ModuleDict({stage: collection.clone() for stage in STAGES})
 

@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lightning_mtl.compiled import compile_losses
 from lightning_mtl.flow import Flow
 from lightning_mtl.resume import get_rng, restore_loader, rng_of, set_rng, sync_progress
-from lightning_mtl.supported import check_optimizers, explain_folder
+from lightning_mtl.supported import check_optimizers, explain_folder, watch_own_steps
 
 if TYPE_CHECKING:
     from lightning_mtl.module import MultiTaskModule
@@ -47,6 +47,7 @@ class TrainerFlags(Callback):
         self.flow: Flow | None = None
         self._schedulers: list[Any] | None = None
         self._rng: dict[str, Any] | None = None
+        self._watching: list[Any] = []  # hooks of the optimizers
 
     # ------------------------------------------------------------ set-up
 
@@ -103,10 +104,12 @@ class TrainerFlags(Callback):
         check_optimizers(trainer, self.module)
         if self.flow is not None:
             self.flow.layout.capture(trainer.optimizers)
+            self._watching = watch_own_steps(trainer, self.flow)
         self.module.automatic_optimization = True
 
     def teardown(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         """Free the buffers."""
+        self._stop_watching()
         if self.flow is not None:
             self.flow.release()
 
@@ -114,8 +117,14 @@ class TrainerFlags(Callback):
         """Leave ``configure_optimizers`` as it was, and free the buffers."""
         explain_folder(trainer, exception)
         self._release_schedulers()
+        self._stop_watching()
         if self.flow is not None:
             self.flow.release(broken=True)
+
+    def _stop_watching(self) -> None:
+        for hook in self._watching:
+            hook.remove()
+        self._watching = []
 
     # ---------------------------------------------------------- training
 
@@ -144,6 +153,11 @@ class TrainerFlags(Callback):
             # Without this, buffers (BatchNorm) are not kept in step after the first batch, since
             # DDP's own reduction never runs.
             wrapper.require_forward_param_sync = True
+
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Refuse a fit that made no step."""
+        if pl_module is self.module and self.flow is not None:
+            self.flow.check_trained()
 
     # -------------------------------------------------------- checkpoint
 

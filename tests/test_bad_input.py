@@ -180,9 +180,7 @@ def test_bad_loss(balancer: str, bad: str, rule: str, place: Place) -> None:
         rf"{place.step} but found {{'a': {value}}}. No parameter was changed.*learning rate; "
         rf"`on_bad_loss='skip_task'` or 'skip_step' goes on without such a loss{cure}"
     )
-    # The first step must show every task once; without one of them it is left out.
-    what = "step" if place == PLACES["first step"] else "task"
-    check(BAD[bad], rule, balancer, place, message, what)
+    check(BAD[bad], rule, balancer, place, message, "task")
 
 
 @pytest.mark.parametrize("balancer", ["none", "MinNorm"])
@@ -292,19 +290,13 @@ def test_wrong_losses_of_a_module_that_declares_no_tasks(name: str) -> None:
 
 @pytest.mark.parametrize("every", [1, 3])
 @by_balancer
-def test_task_that_never_appears_in_the_first_step(balancer: str, every: int) -> None:
-    message = (
-        r"^Expected every task in the first optimiser step but found no loss of \['b'\]; the "
-        r"declared tasks are \['a', 'b'\]. Return its loss .*`active_tasks`, or override `shared_"
-    )
+def test_task_that_never_appears(balancer: str, every: int) -> None:
     module = Faulty({i: without("b") for i in range(6)})
-    before = parameters(module)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="A task is missing from a micro-batch")
-        found = error_in_fit(module, message, make(balancer), accumulate_grad_batches=every)
-    assert same(found["parameters"], before)
-    assert found["steps"] == 0
-    assert not any(o["state"] for o in found["optimizers"])
+        found = fitted(module, batches(), make(balancer), accumulate_grad_batches=every)
+    assert found["steps"] == 6 // every
+    assert all(p.isfinite().all() for p in found["parameters"].values())
 
 
 @by_balancer

@@ -24,7 +24,9 @@ class ShardedParameters(TaskGradients):
     """
 
     def discover(self, losses: TaskLosses) -> None:
-        """Nothing: the graph shows the gathered parameters; the first gradients tell."""
+        """Take tasks as met: the graph shows the gathered parameters; the first gradients tell."""
+        if self.shared is not None:
+            self._find([self.shared if t in losses.present else () for t in range(self.num_tasks)])
 
     def add(
         self,
