@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +18,7 @@ from lightning_mtl.again import Reached, Seen, losses_again, remember
 from lightning_mtl.aggregate import of_all, own_head_weights
 from lightning_mtl.backward import Backward
 from lightning_mtl.balancer import Balancer, GradientBalancer, at_least_float32
+from lightning_mtl.closure import Closure
 from lightning_mtl.group import Group
 from lightning_mtl.layout import Layout
 from lightning_mtl.loss_balancers import EqualWeighting
@@ -29,7 +31,14 @@ from lightning_mtl.perturbed import Perturbing
 from lightning_mtl.probe import check_behind
 from lightning_mtl.record import StepRecord
 from lightning_mtl.stages import attached_balancers, check_tasks
-from lightning_mtl.stepping import listened, log_losses, losses_due, step_optimizers, zero_grad
+from lightning_mtl.stepping import (
+    listened,
+    log_losses,
+    losses_due,
+    step_optimizers,
+    without_autocast,
+    zero_grad,
+)
 from lightning_mtl.strategies import OneProcess, ranks_of
 from lightning_mtl.supported import check_batches
 
@@ -62,6 +71,9 @@ class Flow:
         self._all_rows = _all_rows(self.gradient_balancer)
         self._products = self.gradient_balancer is not None and self.gradient_balancer.products > 0
         self._representation: list[Tensor] = []
+        self.closure: Closure | None = None  # that runs a forward pass again
+        self.first_step = True
+        self.called_again = False  # whether an optimizer was seen to call its closure again
         self.replaying = False  # whether a forward pass is made again up to the representation
         self.ranks = ranks_of(trainer)
         self._may_be_late = self.ranks.alone and not self._perturbed
@@ -92,6 +104,8 @@ class Flow:
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
         """One micro-batch, and a balanced optimiser step after the last one of a group."""
+        if self.closure is not None:
+            return self.closure.run(batch, batch_idx)
         if batch_idx == 0 or not self._heard:
             self._heard = True
             self.backward.hooks = listened(self.trainer, self.module)
@@ -103,12 +117,12 @@ class Flow:
         seen = remember(self.module, batch, batch_idx) if keep else None
         self._representation = []  # a new list: the one before belongs to its group
         with self._discovery():
-            losses = self._read_losses(batch, batch_idx)
+            losses = self.read_losses(batch, batch_idx)
         # The forward pass ran under autocast; from here on the arithmetic is exact.
-        with _without_autocast(self.module.device.type):
+        with without_autocast(self.module.device.type):
             # Lightning's weight averaging refreshes BatchNorm by forward passes alone.
             if not self.trainer.fit_loop._skip_backward:
-                self._train(losses, batch_idx, seen)
+                self._train(losses, batch, batch_idx, seen)
             total = losses.total(detach=True) if losses.tasks else None
         if not self.module.automatic_optimization:
             self.module.automatic_optimization = True  # trainer_flags.py says why
@@ -123,7 +137,8 @@ class Flow:
             return stance
         return nullcontext()
 
-    def _read_losses(self, batch: Any, batch_idx: int) -> TaskLosses:
+    def read_losses(self, batch: Any, batch_idx: int) -> TaskLosses:
+        """The losses of a micro-batch, checked."""
         module = self.module
         losses = module.task_losses(batch, batch_idx)
         if not module.task_names:
@@ -137,10 +152,10 @@ class Flow:
             step=self.trainer.global_step + 1,
             ranks=self.ranks,
             lockstep=self._lockstep(),
-            late=self._late(),
+            late=self.late(),
         )
 
-    def _late(self) -> bool:
+    def late(self) -> bool:
         """Whether losses are looked at together with the gradients, by one transfer to the host.
 
         Only in a step of one micro-batch. What is bad is then left out as a whole, before
@@ -173,7 +188,7 @@ class Flow:
             self.module._declare(check_task_names(names))
             check_tasks(self.balancers, self.module.task_names)
 
-    def _train(self, losses: TaskLosses, batch_idx: int, seen: Seen | None) -> None:
+    def _train(self, losses: TaskLosses, batch: Any, batch_idx: int, seen: Seen | None) -> None:
         trainer = self.trainer
         stepping = not trainer.fit_loop._should_accumulate()
         if self._group is None:
@@ -191,8 +206,11 @@ class Flow:
         self._uneven |= group.uneven
         if stepping and not group.skip:
             self.module.automatic_optimization = True
-            if step_optimizers(trainer, batch_idx, total):
+            loss = None if total is None else total.detach()
+            closure = partial(Closure, self, batch, batch_idx, group, loss)
+            if step_optimizers(trainer, batch_idx, closure):
                 self._learn(group)
+            self.first_step = False
             self.layout.grow(self.gradient_balancer, trainer.optimizers)
             if not group.overflow and losses_due(trainer):
                 log_losses(self.module, self.record())
@@ -213,7 +231,7 @@ class Flow:
             self._uneven |= losses.uneven(len(tasks))
             rows |= self._uneven or self.loss_balancer.needs_current_losses
         group.uneven = self._uneven
-        group.late = self._late()
+        group.late = self.late()
         group.representation = self._representation
         if balancer is not None:
             blocks = self.module.gradient_memory == "blocks" and not self._perturbed
@@ -381,9 +399,3 @@ def _all_rows(balancer: GradientBalancer | None) -> bool:
         return False
     kind, base = type(balancer), GradientBalancer
     return kind.reused_weights is base.reused_weights and kind.wanted is base.wanted
-
-
-def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
-    if torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()
