@@ -230,7 +230,7 @@ class Backward:
         """
         if self.scaler is not None or self.module.on_bad_loss == "ignore":
             return
-        grads = [grad for p in self._trained() if (grad := p.grad) is not None]
+        grads = [grad for p in self.trained() if (grad := p.grad) is not None]
         flag = non_finite(locals_of(grads))
         if self.layout.ranks.sharded_parameters:  # each process sees its part only
             flag = self.layout.ranks.max_(flag.to(self.layout.ranks.device))
@@ -253,7 +253,7 @@ class Backward:
         if bad:
             group.skip = group.dropped = True
             group.bad.update(present[i] for i in bad)
-            for p in self._trained():
+            for p in self.trained():
                 p.grad = None
 
     def _weighted_sum(self, losses: TaskLosses, group: Group) -> Tensor:
@@ -403,10 +403,10 @@ class Backward:
     def _overflow(self, group: Group) -> None:
         """Leave gradients that make the scaler skip the step of every optimizer."""
         group.overflow = True
-        for p in self._trained():
+        for p in self.trained():
             p.grad = torch.full_like(p, torch.nan)
 
-    def _trained(self) -> list[Tensor]:
+    def trained(self) -> list[Tensor]:
         """Every parameter of every optimizer."""
         groups = [group for o in self.trainer.optimizers for group in o.param_groups]
         return [p for group in groups for p in group["params"]]

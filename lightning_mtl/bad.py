@@ -175,6 +175,6 @@ def run_or_leave_out(
         if spoilt or backward.module.on_bad_loss not in ("skip_task", "skip_step"):
             raise
         group.skip = group.dropped = True
-        for p in backward._trained():
+        for p in backward.trained():
             p.grad = None
         return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +19,7 @@ from lightning_mtl.aggregate import of_all, own_head_weights
 from lightning_mtl.backward import Backward
 from lightning_mtl.bad import limit_of, run_or_leave_out
 from lightning_mtl.balancer import GradientBalancer, LossBalancer, at_least_float32
+from lightning_mtl.closure import Closure
 from lightning_mtl.group import Group
 from lightning_mtl.idle import Idle
 from lightning_mtl.layout import Layout
@@ -28,7 +30,14 @@ from lightning_mtl.perturbed import Perturbing
 from lightning_mtl.probe import check_behind
 from lightning_mtl.record import StepRecord
 from lightning_mtl.stages import attached_balancers, check_tasks, learns, needs_all_rows, same_tasks
-from lightning_mtl.stepping import listened, log_losses, losses_due, step_optimizers, zero_grad
+from lightning_mtl.stepping import (
+    listened,
+    log_losses,
+    losses_due,
+    step_optimizers,
+    without_autocast,
+    zero_grad,
+)
 from lightning_mtl.strategies import ranks_of
 from lightning_mtl.supported import check_batches
 
@@ -63,6 +72,9 @@ class Flow:
             asking.append(self.gradient_balancer)
         self._asker = type(asking[0]).__name__ if asking else ""  # who needs a batch once more
         self._representation: list[Tensor] = []
+        self.closure: Closure | None = None  # that runs a forward pass again
+        self.first_step = True
+        self.called_again = False  # whether an optimizer was seen to call its closure again
         self.replaying = False  # whether a forward pass is made again up to the representation
         self.ranks = ranks_of(trainer)
         self._may_be_late = self.ranks.alone and not self._perturbed
@@ -101,6 +113,8 @@ class Flow:
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
         """One micro-batch, and a balanced optimiser step after the last one of a group."""
+        if self.closure is not None:
+            return self.closure.run(batch, batch_idx)
         if batch_idx == 0 or not self._heard:
             self._heard = True
             self.backward.hooks = listened(self.trainer, self.module)
@@ -112,12 +126,12 @@ class Flow:
         seen = remember(self.module, batch, batch_idx, asker) if asker else None
         self._representation = []  # a new list: the one before belongs to its group
         with self._discovery():
-            losses = self._read_losses(batch, batch_idx)
+            losses = self.read_losses(batch, batch_idx)
         # The forward pass ran under autocast; from here on the arithmetic is exact.
-        with _without_autocast(self.module.device.type):
+        with without_autocast(self.module.device.type):
             # Lightning's weight averaging refreshes BatchNorm by forward passes alone.
             if not self.trainer.fit_loop._skip_backward:
-                self._train(losses, batch_idx, seen)
+                self._train(losses, batch, batch_idx, seen)
             total = losses.total(detach=True) if losses.tasks else None
             if total is not None and self.trainer.accumulate_grad_batches > 1:
                 total = total / self.trainer.accumulate_grad_batches  # as Lightning gives it hooks
@@ -134,7 +148,8 @@ class Flow:
             return stance
         return nullcontext()
 
-    def _read_losses(self, batch: Any, batch_idx: int) -> TaskLosses:
+    def read_losses(self, batch: Any, batch_idx: int) -> TaskLosses:
+        """The losses of a micro-batch, checked."""
         module = self.module
         self.in_losses = True
         try:
@@ -152,11 +167,11 @@ class Flow:
             step=self.trainer.global_step + 1,
             ranks=self.ranks,
             lockstep=self._lockstep(),
-            late=self._late(),
+            late=self.late(),
             from_batch=module.names_from_batch,
         )
 
-    def _late(self) -> bool:
+    def late(self) -> bool:
         """Whether losses are looked at together with the gradients, by one transfer to the host.
 
         Only in a step of one micro-batch. What is bad is then left out as a whole, before
@@ -191,7 +206,7 @@ class Flow:
             self.module._declare(check_task_names(names))
             check_tasks(self.balancers, self.module.task_names)
 
-    def _train(self, losses: TaskLosses, batch_idx: int, seen: Seen | None) -> None:
+    def _train(self, losses: TaskLosses, batch: Any, batch_idx: int, seen: Seen | None) -> None:
         trainer = self.trainer
         stepping = not trainer.fit_loop._should_accumulate()
         losses.counted |= self._counted
@@ -218,11 +233,14 @@ class Flow:
             self.module.automatic_optimization = True
             if self._lonely is not None and self._lonely.over(group.present()):
                 self._lonely = None
-            if step_optimizers(trainer, batch_idx, total):
+            loss = None if total is None else total.detach()
+            closure = partial(Closure, self, batch, batch_idx, group, loss)
+            if step_optimizers(trainer, batch_idx, closure):
                 self._learn(group)
                 self._idle.stepped()
             else:
                 self._idle.overflowed(self.backward.scale)
+            self.first_step = False
             self.layout.grow(self.gradient_balancer, trainer.optimizers)
             if not group.overflow and losses_due(trainer):
                 log_losses(self.module, self.record())
@@ -247,7 +265,7 @@ class Flow:
             self._uneven |= losses.uneven(len(tasks), plain=self.backward.plain)
             rows |= self._uneven or self.loss_balancer.needs_current_losses
         group.uneven = self._uneven
-        group.late = self._late()
+        group.late = self.late()
         group.representation = self._representation
         if balancer is not None:
             blocks = self.module.gradient_memory == "blocks" and not self._perturbed
@@ -395,9 +413,3 @@ class Flow:
         self.layout.load_state_dict(state)
         self._first_done = state["first_done"]
         self._uneven = state["uneven"]
-
-
-def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
-    if torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()

@@ -183,6 +183,13 @@ def _in_place_of(module: nn.Module, tensors: dict[int, Tensor]) -> Iterator[None
         for name, p in m._parameters.items()
         if p is not None and id(p) in tensors
     ]
+    missing = len(tensors.keys() - {id(p) for _, _, p in places})
+    if missing:
+        raise ValueError(
+            f"Expected every shared parameter in {type(module).__name__} with `gradients="
+            f"'representation+1'` but {missing} of them are held by an optimizer alone, outside of "
+            f"it. Register the modules that hold them, or use `gradients='representation'`."
+        )
     try:
         for holder, name, p in places:
             holder[name] = tensors[id(p)]  # type: ignore[assignment]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.trainer import call
@@ -18,26 +19,44 @@ if TYPE_CHECKING:
     from lightning_mtl.record import StepRecord
 
 
-def step_optimizers(trainer: Trainer, batch_idx: int, total: Tensor | None) -> bool:
+def step_optimizers(
+    trainer: Trainer, batch_idx: int, closure: Callable[[Any], Callable[[], Tensor | None]]
+) -> bool:
     """Lightning's own step: its order of hooks, clipping and ``step``, counted once.
+
+    Args:
+        trainer: whose optimizers step.
+        batch_idx: of the batch.
+        closure: makes the closure of an optimizer.
 
     Returns:
         Whether it was taken; a gradient scaler skips it when half precision has overflowed.
     """
     progress = trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step
     progress.increment_ready()
-    loss = None if total is None else total.detach()
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     scale = 1.0 if scaler is None else scaler.get_scale()
     optimizers = trainer.strategy._lightning_optimizers
     for i, optimizer in enumerate(optimizers):
         with _one_update(scaler, last=i == len(optimizers) - 1):
             call._call_lightning_module_hook(
-                trainer, "optimizer_step", trainer.current_epoch, batch_idx, optimizer, lambda: loss
+                trainer,
+                "optimizer_step",
+                trainer.current_epoch,
+                batch_idx,
+                optimizer,
+                closure(optimizer),
             )
     progress.increment_completed()
     sync_progress(trainer)
     return scaler is None or scaler.get_scale() >= scale
+
+
+def without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """Exact arithmetic, after a forward pass under autocast."""
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
 
 
 @contextmanager

@@ -123,7 +123,9 @@ def explain_folder(trainer: Trainer, exception: BaseException) -> None:
 
 
 def check_optimizers(trainer: Trainer, module: MultiTaskModule) -> None:
-    """Refuse optimizers that evaluate the loss several times a step."""
+    """Refuse an optimizer that evaluates the loss several times a step beside balancers."""
+    if module._flow is None or not module._flow.balancers:
+        return
     for optimizer in trainer.optimizers:
         if isinstance(optimizer, torch.optim.LBFGS):
             raise MisconfigurationException(

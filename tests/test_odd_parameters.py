@@ -1,4 +1,4 @@
-"""Parameters of unusual kinds: complex, sparse, lazy, empty, with gaps; trained right or refused."""
+"""Parameters of unusual kinds, complex, sparse, lazy, empty, with gaps: right or refused."""
 
 from __future__ import annotations
 
