@@ -25,7 +25,7 @@ from lightning_mtl.idle import Idle
 from lightning_mtl.layout import Layout
 from lightning_mtl.lonely import Lonely
 from lightning_mtl.loss_balancers import EqualWeighting
-from lightning_mtl.losses import TaskLosses, check_task_names, read_losses
+from lightning_mtl.losses import TaskLosses, check_task_names, check_total, read_losses
 from lightning_mtl.perturbed import Perturbing
 from lightning_mtl.probe import check_behind
 from lightning_mtl.record import StepRecord
@@ -203,6 +203,7 @@ class Flow:
         names = list(losses) if isinstance(losses, Mapping) else []
         same_tasks(names, self.ranks)
         if names:
+            check_total(losses)
             self.module._declare(check_task_names(names))
             check_tasks(self.balancers, self.module.task_names)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 
@@ -33,3 +35,16 @@ def reachable(loss: Tensor, stop: Tensor | None = None) -> set[int]:
             leaves.add(id(node.variable))
         todo += [following for following, _ in node.next_functions]
     return leaves
+
+
+def leads_to(node: Any, all_of: set[Any]) -> bool:
+    """Whether a node of a graph was computed from all of some others, or is one of them."""
+    todo, seen, missing = [node], set(), set(all_of)
+    while todo and missing:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        missing.discard(node)
+        todo += [following for following, _ in node.next_functions]
+    return not missing

@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_mtl.bad import Limit, OnBadLoss, bad_loss, usable
 from lightning_mtl.balancer import GradientBalancer
+from lightning_mtl.graph import leads_to
 from lightning_mtl.strategies import OneProcess
 
 _NONE = torch.ones(0)
@@ -216,13 +218,20 @@ def _read(
     losses: Any, declared: Sequence[str], active: Sequence[str], from_batch: bool
 ) -> TaskLosses:
     """The losses of the tasks that are there, with their counts."""
+    if losses is None:
+        rank_zero_warn(
+            "`task_losses` returned None, which leaves the batch out, like {}. If that was on "
+            "purpose, ignore this; else a `return` is missing."
+        )
+        losses = {}
     if not isinstance(losses, Mapping):
         raise TypeError(
             f"Expected `task_losses` to return a dict {{task: loss}} but got "
-            f"{type(losses).__name__}. Return one scalar loss for each of "
-            f"{list(declared) or 'your tasks'}."
+            f"{type(losses).__name__}. {_cure(losses, list(declared))}"
         )
     later = [task for task in losses if task not in declared]
+    if later:
+        check_total(losses, declared)
     if later and from_batch:
         raise ValueError(
             f"`task_losses` returned a loss of {later}, which the first batch had not: without "
@@ -244,12 +253,13 @@ def _read(
             raise TypeError(
                 f"Expected the loss of task '{task}' to be a tensor but got "
                 f"{type(value).__name__}. Return the loss itself, not `.item()`; for a task "
-                f"without labels return None."
+                f"without labels return None; log what is no loss by `self.log`."
             )
         if value.numel() != 1:
             raise ValueError(
                 f"Expected the loss of task '{task}' to be a scalar but got shape "
-                f"{tuple(value.shape)}. Reduce it, for example with `.mean()`."
+                f"{tuple(value.shape)}. Reduce it, for example with `.mean()`; leave out what is "
+                f"no loss."
             )
         if not value.requires_grad:
             raise ValueError(
@@ -262,6 +272,47 @@ def _read(
         read.values.append(value if value.ndim == 0 else value.reshape(()))
         read.counts.append(count)
     return read
+
+
+def _cure(losses: Any, tasks: list[str]) -> str:
+    """What to return in place of something that has no names."""
+    names = tasks or ["a", "b"]
+    if isinstance(losses, (list, tuple)):
+        if any(isinstance(item, Mapping) for item in losses):
+            return "Return the dict of the task losses alone, without their sum before it."
+        if len(losses) == len(names) or not tasks:
+            pairs = ", ".join(f"'{task}': ..." for task in names)
+            return f"Give every loss its name: {{{pairs}}}."
+    return f"Return one scalar loss for each of {tasks or 'your tasks'}."
+
+
+def check_total(losses: Any, declared: Sequence[str] = ()) -> None:
+    """Refuse a sum of the losses among them, as Lightning's `training_step` returns it.
+
+    Args:
+        losses: what ``task_losses`` returned.
+        declared: names of the tasks that the user has declared; what is among them is meant.
+
+    Raises:
+        ValueError: an undeclared "loss" beside others, or a value made of all the others.
+    """
+    if not isinstance(losses, Mapping) or len(losses) < 2:
+        return
+    values = {name: v[0] if isinstance(v, tuple) and v else v for name, v in losses.items()}
+    nodes = {n: v.grad_fn for n, v in values.items() if isinstance(v, Tensor) and v.grad_fn}
+    for name in sorted(values, key=lambda name: name != "loss"):
+        if name in declared:
+            continue
+        others = {node for other, node in nodes.items() if other != name}
+        made = name in nodes and len(others) > 0 and leads_to(nodes[name], others)
+        if name == "loss" or made:
+            found = [other for other in losses if other != name]
+            reason = "is computed from the losses of the others" if made else "is Lightning's total"
+            raise ValueError(
+                f"Expected one loss a task but '{name}' {reason} {found}, and the tasks would count "
+                f"twice. Leave it out of the dict that `task_losses` returns; if it is a task, "
+                f"declare them all: `super().__init__(tasks={[*losses]})`."
+            )
 
 
 def _agree(
