@@ -35,7 +35,7 @@ def validated(module: Any, data: Any, **kwargs: Any) -> dict[str, float]:
 # ------------------------------------------------------------------------------ means by samples
 
 TARGETS = {
-    "tensor": lambda n: torch.zeros(n),
+    "tensor": torch.zeros,
     "list of dicts": lambda n: [{"boxes": torch.zeros(1 + i % 2, 4)} for i in range(n)],
     "tuple of dicts": lambda n: tuple({"boxes": torch.zeros(3, 4)} for _ in range(n)),
     "dict of tensors": lambda n: {"boxes": torch.zeros(n, 4), "labels": torch.zeros(n)},
@@ -132,7 +132,7 @@ def boxes(sizes: list[int]) -> tuple[Any, Any]:
     return [{"boxes": torch.zeros(n, 4)} for n in sizes], {"a": targets}
 
 
-def test_predictions_may_be_lists_of_dicts(caplog: Any) -> None:
+def test_predictions_may_be_lists_of_dicts() -> None:
     logged = validated(Classes(Images(), box_loss), Batched([boxes([1, 2]), boxes([3])]))
     assert logged == {
         "val/loss/a": 1.0,
@@ -206,7 +206,7 @@ def test_every_validation_starts_afresh(tmp_path: Path) -> None:
     module = Balanced()
     run.fit(module, loader(), loader(16))
     last = {n: float(v) for n, v in run.callback_metrics.items() if n.startswith("val/")}
-    again = validated(module, loader(8), limit_val_batches=1)
+    again = validated(module, loader(16), limit_val_batches=2)
     assert last == pytest.approx(again)
     with (tmp_path / "metrics.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row["val/loss/a"]]
@@ -342,7 +342,7 @@ class Physics(MultiTaskModule):
         self.points = torch.ones(3, 1) if self.held else None
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        at = (x if self.points is None else self.points * 1).requires_grad_()
+        at = (x if self.points is None else self.points).requires_grad_()
         u = self.net(at)
         (slope,) = torch.autograd.grad(u.sum(), at, create_graph=True)
         return {"data": u, "residual": (slope - u).square()}
@@ -377,5 +377,5 @@ def test_another_error_is_told_as_it_is() -> None:
         def forward(self, x: Tensor) -> Any:
             raise RuntimeError("shapes do not fit")
 
-    with pytest.raises(RuntimeError, match="^shapes do not fit"):
+    with pytest.raises(RuntimeError, match=r"^shapes do not fit"):
         validated(Wrong(), loader(16))
