@@ -94,7 +94,7 @@ def test_a_folder_that_cannot_be_written(here: Path, refused: Callable[..., str]
         ('1: [MinNorm]\n"1": [CAGrad]\n', r"found `1` at line 1 and again at line 2"),
         ("m:\n- class_path: MinNorm\n  class_path: CAGrad\n", r"`class_path` at line 2 .* line 3"),
         (
-            "m:\n- class_path: X\n  init_args:\n    base: {class_path: Y, z: {c: 1,\n      c: 2}}\n",
+            "m:\n- class_path: X\n  init_args:\n    base: {class_path: Y, z: {c: 1,\n     c: 2}}\n",
             r"`c` at line 4 and again at line 5",
         ),
         ("a: &x [{class_path: MinNorm, class_path: CAGrad}]\nb: *x\n", r"`class_path` at line 1"),
