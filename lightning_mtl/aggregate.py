@@ -162,8 +162,8 @@ def aggregate(
     return lambda: StepRecord(
         tasks=tuple(tasks[t] for t in present),
         losses=losses,
-        loss_weights=losses.new_ones(len(present)) if omega is None else omega.to(losses),
-        gradient_weights=None if weights is None else weights.to(losses),
+        loss_weights=losses.new_ones(len(present)).double() if omega is None else omega,
+        gradient_weights=None if weights is None else weights.double(),
         gramian=gramian,
         alignment=alignment,
         direction_norm=norm,

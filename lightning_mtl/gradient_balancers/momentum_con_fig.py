@@ -52,12 +52,12 @@ class MomentumConFIG(GradientBalancer):
     :func:`implied_gradient`, with :math:`\hat v = v / (1 - \beta_2^k)`. With one task this is Adam.
 
     **Turns.** In a step it is the turn of the task, of those that are there, that has waited most
-    steps in which it was there; tasks that have not had a turn go first, equals in the order of
-    the tasks, and of two that had theirs in one step the first remains first. With all tasks in
-    every step that is 1, 2, ..., T, 1, 2, ..., however many turns a step has: of three tasks with
-    two turns (1, 2), (3, 1), (2, 3). A task that is away keeps its momentum and its place in the
-    queue. Until every task of the step has had a turn the
-    direction is zero, so the shared parameters rest in the first :math:`T - 1` steps. Each task's
+    steps in which it was there. Tasks that have not had a turn go first, of two that had theirs in
+    one step the first remains first, and equals go by the number of their turns, then in order.
+    With all tasks in every step that is 1, 2, ..., T, 1, 2, ..., however many turns a step has: of
+    three tasks with two turns (1, 2), (3, 1), (2, 3). A task that is away keeps its momentum and
+    its place in the queue. Until every task of the step has had a turn the direction is zero, so
+    with one turn a step the shared parameters rest in the first :math:`T - 1` steps. Each task's
     own parameters get their plain gradients in every step.
 
     **Optimizer.** The direction has the length of an Adam step over the learning rate. Train the
@@ -129,8 +129,9 @@ class MomentumConFIG(GradientBalancer):
             return list(range(min(self.rows_per_step, present)))
         if len(self.turns) != present:
             raise self._other_run("turns", (present, 2), self.turns)
-        queue = sorted((had > 0, -waits, t) for t, (had, waits) in enumerate(self.turns.tolist()))
-        return [t for _, _, t in queue[: self.rows_per_step]]
+        turns = enumerate(self.turns.tolist())
+        queue = sorted((had > 0, -waits, had, t) for t, (had, waits) in turns)
+        return [t for *_, t in queue[: self.rows_per_step]]
 
     def direction(self, jacobian: Tensor, losses: Tensor) -> Tensor:
         """Update the momenta of the tasks whose turn it is and combine all of them.

@@ -33,8 +33,7 @@ def gradient_cosines(gramian: Tensor) -> Tensor:
     """
     norms = gradient_norms(gramian)
     norms = norms.where((norms > 0) & norms.isfinite(), torch.nan)
-    # One after the other: their product may leave the range of the dtype.
-    return (gramian.to(norms.dtype) / norms[:, None] / norms).clamp(-1, 1)
+    return (gramian.to(norms.dtype) / torch.outer(norms, norms)).clamp(-1, 1)
 
 
 def conflict_rate(gramian: Tensor) -> Tensor:
