@@ -164,6 +164,8 @@ class TaskGradients:
                 self.rows[task].zero_()  # type: ignore[index] # the layout is known here
         if present:
             if self._written[task]:
+                if present[0].device != into[0].device:  # which copies to the host, but adds not
+                    present = [g.to(into[0].device) for g in present]
                 torch._foreach_add_(into, present)
             else:
                 torch._foreach_copy_(into, present)
