@@ -3,7 +3,7 @@
 First the tests of ``tests/gpu``, then times, kernel launches, waits, copies and memory of a step.
 All results go to one JSON file, written after each of them: what the time does not suffice for is
 left out, and the file says so. Needs torch, lightning, torchmetrics and pytest, nothing else, and
-no network. With ``--device cpu`` it runs there with tiny networks, to try it, and counts no launches.
+no network. With ``--device cpu`` tiny networks run there, to try it, and no launch is counted.
 
     python benchmarks/gpu.py [--out gpu.json] [--minutes 9.5] [--parts tests] [--device cpu]
     python benchmarks/gpu.py --table gpu.json       the results as tables, for docs/cost.md

@@ -25,7 +25,9 @@ def tables(found: dict[str, Any]) -> str:
 
 def _machine(found: dict[str, Any]) -> str:
     of = found["machine"]
-    on = f"{of['gpu']}, CUDA {of['cuda']}, driver {of['driver']}" if "gpu" in of else "the processor"
+    on = (
+        f"{of['gpu']}, CUDA {of['cuda']}, driver {of['driver']}" if "gpu" in of else "the processor"
+    )
     versions = f"torch {of['torch']}, lightning {of['lightning']}, Python {of['python']}"
     return f"On {on}; {versions}; {found['begun'][:10]}."
 

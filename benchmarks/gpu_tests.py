@@ -23,7 +23,13 @@ class Outcomes:
         self.results = results
         self.end = end
         found = results.read().get("tests", {})
-        self.counts = {"passed": 0, "failed": 0, "skipped": 0, "error": 0, **found.get("counts", {})}
+        self.counts = {
+            "passed": 0,
+            "failed": 0,
+            "skipped": 0,
+            "error": 0,
+            **found.get("counts", {}),
+        }
         self.failures: dict[str, str] = found.get("failures", {})
         self.skips: dict[str, int] = found.get("skips", {})
         self.warnings: dict[str, int] = found.get("warnings", {})

@@ -299,7 +299,11 @@ LOOPS: dict[str, Way] = {
 }
 FITS: dict[str, Way] = {
     LIGHTNING: partial(fit, callbacks=None),
-    **({"Lightning, TorchJD MGDA": partial(fit, callbacks=None, plain=Jacobians)} if TORCHJD else {}),
+    **(
+        {"Lightning, TorchJD MGDA": partial(fit, callbacks=None, plain=Jacobians)}
+        if TORCHJD
+        else {}
+    ),
     "MultiTaskModule, no balancer": partial(fit, callbacks=list),
     f"MultiTaskModule, {MINNORM}": balanced(MINNORM),
 }

@@ -195,6 +195,8 @@ class TaskGradients:
         if present:
             try:
                 if self._written[task]:
+                    if present[0].device != into[0].device:  # which copies to the host, adds not
+                        present = [g.to(into[0].device) for g in present]
                     torch._foreach_add_(into, present)
                 else:
                     torch._foreach_copy_(into, present)

@@ -6,7 +6,9 @@ import pytest
 import torch
 from lightning.pytorch import seed_everything
 
-os.environ["MPLBACKEND"] = "Agg"  # read when matplotlib is imported, which the tests on a GPU do not
+os.environ["MPLBACKEND"] = (
+    "Agg"  # read when matplotlib is imported, which the tests on a GPU do not
+)
 torch.set_num_threads(1)
 
 

@@ -126,8 +126,12 @@ def test_a_batch_on_the_host_is_brought_over(device: str, first: list[Any]) -> N
     """As Lightning does, also where a loader gives pinned memory."""
     batches = Batched(loader(tasks=TASKS))
     if device == "cuda":
-        batches = Batched([(x.pin_memory(), {t: y.pin_memory() for t, y in ys.items()}) for x, ys in batches])
+        batches = Batched(
+            [(x.pin_memory(), {t: y.pin_memory() for t, y in ys.items()}) for x, ys in batches]
+        )
     module = Balanced(tasks=TASKS)
     fit(module, batches, device, *(make() for make in first), MinNorm())
-    expected = fit(Balanced(tasks=TASKS), loader(tasks=TASKS), "cpu", *(m() for m in first), MinNorm())
+    expected = fit(
+        Balanced(tasks=TASKS), loader(tasks=TASKS), "cpu", *(m() for m in first), MinNorm()
+    )
     torch.testing.assert_close(parameters(module), parameters(expected), rtol=1e-5, atol=1e-5)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -34,13 +33,19 @@ balancers = pytest.mark.parametrize("make", BALANCERS.values(), ids=BALANCERS)
 
 
 @pytest.fixture(scope="module")
-def group(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def group(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[str]:
     """A process group of one, which meets in a file: no port, no network."""
     device: str = request.getfixturevalue("device")
     environment = {
         "NCCL_SOCKET_IFNAME": "lo",
-        **{"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "NODE_RANK": "0"},
-        **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"},  # Lightning reads them, nobody meets
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "NODE_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "0",  # Lightning reads them, nobody meets
     }
     on_gpu = device == "cuda"
     with pytest.MonkeyPatch.context() as patch:

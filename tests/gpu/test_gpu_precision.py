@@ -117,12 +117,12 @@ def test_bfloat16(device: str, make: Any, flags: dict[str, Any]) -> None:
 def test_gramians_are_no_half_precision(device: str) -> None:
     """Weights come from float32, also where the network runs in half precision."""
 
-    class Looks(MinNorm):
-        dtypes: set[torch.dtype] = set()
+    dtypes: set[torch.dtype] = set()
 
+    class Looks(MinNorm):
         def weights(self, gramian: Tensor, losses: Tensor) -> Tensor:
-            self.dtypes.add(gramian.dtype)
+            dtypes.add(gramian.dtype)
             return super().weights(gramian, losses)
 
     fit(Balanced(), loader(), device, Looks(), precision="bf16-mixed", max_steps=3)
-    assert Looks.dtypes == {torch.float32}
+    assert dtypes == {torch.float32}

@@ -60,7 +60,9 @@ def same(run: Any, module: Any, again: Any, resumed: Any) -> None:
 def test_bit_for_bit(device: str, tmp_path: Path, balancers: list[Any], every: int) -> None:
     run, module = fit(balancers, tmp_path, device, every=every)
     for step in (1, 3):
-        again, resumed = fit(balancers, tmp_path, device, tmp_path / f"step={step}.ckpt", every=every)
+        again, resumed = fit(
+            balancers, tmp_path, device, tmp_path / f"step={step}.ckpt", every=every
+        )
         same(run, module, again, resumed)
 
 

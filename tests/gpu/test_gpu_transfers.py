@@ -46,7 +46,8 @@ def watched(device: str, context: Any, steps: int, *callbacks: Any, **options: A
     """What the context gives, open for ``steps`` steps. Batches are on the device before."""
     window = Window(context, steps)
     batches = [
-        (x.to(device), {task: y.to(device) for task, y in targets.items()}) for x, targets in loader()
+        (x.to(device), {task: y.to(device) for task, y in targets.items()})
+        for x, targets in loader()
     ]
     run = trainer_on(device, window, *callbacks, max_steps=FIRST + steps + 1)
     run.fit(Balanced(**options), Batched(batches))
