@@ -204,7 +204,9 @@ def test_a_layout_found_without_a_task_is_not_kept() -> None:
     assert "net.block.weight" in module._flow.state_dict()["shared"]
 
 
-def test_a_gradient_balancer_on_a_checkpoint_without_one_finds_what_is_shared(tmp_path: Path) -> None:
+def test_a_gradient_balancer_on_a_checkpoint_without_one_finds_what_is_shared(
+    tmp_path: Path,
+) -> None:
     run = trainer()
     run.fit(with_block(Balanced), sometimes(lambda i: ()), loader(16, tasks=THREE))
     run.save_checkpoint(tmp_path / "equal.ckpt")

@@ -143,7 +143,9 @@ def test_a_scaler_may_look_for_its_scale_but_not_for_ever(balancers: Any) -> Non
         found.fit(module, loader())
         return found
 
-    searching = Only(lambda losses, i: {k: v * 1e20 for k, v in losses.items()}, max_skipped_steps=2)
+    searching = Only(
+        lambda losses, i: {k: v * 1e20 for k, v in losses.items()}, max_skipped_steps=2
+    )
     searching.configure = lambda m: torch.optim.SGD(m.parameters(), lr=1e-30)
     assert run(searching, 2.0**66).global_step == 20
     hopeless = Only(lambda losses, i: {k: v * big * 4 for k, v in losses.items()})

@@ -167,7 +167,9 @@ def test_without_task_losses_their_training_step_is_refused() -> None:
     class Half(Theirs, MultiTaskModule):
         pass
 
-    with pytest.raises(Exception, match=r"Half has the `training_step` of Theirs.*Define `task_losses"):
+    with pytest.raises(
+        Exception, match=r"Half has the `training_step` of Theirs.*Define `task_losses"
+    ):
         trainer().fit(Half(0.0), loader(8))
 
 

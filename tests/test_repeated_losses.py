@@ -69,7 +69,7 @@ class Plain:
         self.x, self.y = [x], {"y": y}
 
 
-Pair = namedtuple("Pair", "x y")  # noqa: PYI024 # as users write them
+Pair = namedtuple("Pair", "x y")  # as users write them
 
 
 def scaled(batch: Any) -> Any:

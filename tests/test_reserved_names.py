@@ -159,7 +159,7 @@ def test_what_the_names_are_for_works() -> None:
 def test_names_that_stay_free() -> None:
     arguments = inspect.signature(MultiTaskModule.__init__).parameters
     module = Balanced()
-    for name in {"baseline", "delta_p_metrics", "task", "flow", "losses", "heads", "balancer"}:
+    for name in ("baseline", "delta_p_metrics", "task", "flow", "losses", "heads", "balancer"):
         assert name in arguments or name not in RESERVED
         setattr(module, name, nn.Linear(1, 1))
         assert name in dict(module.named_children())
