@@ -91,7 +91,7 @@ class TaskLosses:
         ]
 
     def uneven(self, num_tasks: int, *, plain: bool = False) -> bool:
-        """Whether a task is absent somewhere, no matter where ``plain``, or brings a label count."""
+        """Whether a task brings a label count or, but for ``plain``, is absent somewhere."""
         if self.joint is not None:
             return any(
                 count != self.size and (t in self.counted or not plain)
@@ -309,8 +309,8 @@ def check_total(losses: Any, declared: Sequence[str] = ()) -> None:
             found = [other for other in losses if other != name]
             reason = "is computed from the losses of the others" if made else "is Lightning's total"
             raise ValueError(
-                f"Expected one loss a task but '{name}' {reason} {found}, and the tasks would count "
-                f"twice. Leave it out of the dict that `task_losses` returns; if it is a task, "
+                f"Expected one loss a task but '{name}' {reason} {found}, and the tasks would "
+                f"count twice. Leave it out of the dict that `task_losses` returns; if it is a task, "
                 f"declare them all: `super().__init__(tasks={[*losses]})`."
             )
 

@@ -77,7 +77,9 @@ def test_endless_fit_without_steps(spoil: Any, rule: Any, message: str, balancer
 
 def test_the_number_is_an_argument_and_counts_steps_that_are_due() -> None:
     run = trainer(max_epochs=-1, max_steps=10, accumulate_grad_batches=4)
-    with pytest.raises(RuntimeError, match="in every 3 but none .* 12 batches 12 returned no loss"):
+    with pytest.raises(
+        RuntimeError, match=r"in every 3 but none .* 12 batches 12 returned no loss"
+    ):
         run.fit(Only(nothing, max_skipped_steps=3), loader())
     assert run.fit_loop.total_batch_idx == 11
     with pytest.raises(ValueError, match=r"`max_skipped_steps` of Only to be an integer of at le"):
@@ -89,12 +91,12 @@ def test_a_step_in_between_starts_the_count_afresh() -> None:
     run = trainer()
     run.fit(module, loader())
     assert run.global_step == 4
+    module = Only(
+        lambda losses, i: losses if i < 2 else {} if i < 5 else bad(losses, i),
+        max_skipped_steps=4,
+        on_bad_loss="skip_step",
+    )
     with pytest.raises(RuntimeError, match="after step 2: of the last 4 batches 3 returned no los"):
-        module = Only(
-            lambda losses, i: losses if i < 2 else {} if i < 5 else bad(losses, i),
-            max_skipped_steps=4,
-            on_bad_loss="skip_step",
-        )
         trainer().fit(module, loader())
 
 

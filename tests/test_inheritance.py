@@ -179,8 +179,8 @@ def test_the_line_to_write_when_their_constructor_needs_arguments() -> None:
             super().__init__(["a", "b"])
 
     message = (
-        r"arguments \['dropout'\] of Theirs, a base of Missing.*`Theirs.__init__\(self, dropout\)`, "
-        r"then `MultiTaskModule.__init__\(self, tasks=\.\.\.\)`"
+        r"arguments \['dropout'\] of Theirs, a base of Missing.*`Theirs.__init__\(self, dropout\)`"
+        r", then `MultiTaskModule.__init__\(self, tasks=\.\.\.\)`"
     )
     with pytest.raises(TypeError, match=message):
         Missing()
