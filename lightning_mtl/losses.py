@@ -310,8 +310,8 @@ def check_total(losses: Any, declared: Sequence[str] = ()) -> None:
             reason = "is computed from the losses of the others" if made else "is Lightning's total"
             raise ValueError(
                 f"Expected one loss a task but '{name}' {reason} {found}, and the tasks would "
-                f"count twice. Leave it out of the dict that `task_losses` returns; if it is a task, "
-                f"declare them all: `super().__init__(tasks={[*losses]})`."
+                f"count twice. Leave it out of the dict that `task_losses` returns; if it is a "
+                f"task, declare them all: `super().__init__(tasks={[*losses]})`."
             )
 
 

@@ -207,7 +207,7 @@ def test_reading_the_optimizer_in_task_losses_is_fine() -> None:
     assert run.global_step == 20
 
 
-# --------------------------------------------------------------------------- what callbacks are told
+# ------------------------------------------------------------------------- what callbacks are told
 
 
 class Outputs(Callback):
