@@ -390,15 +390,24 @@ class Backward:
         table = gradients.gramian(jacobian) if sums else gradients.norms(jacobian)
         if not checks:
             table, losses = to_host(table, losses)
+            self._turn_up(table.diagonal() if sums else table)
             return table, None, losses
         alone = self.layout.ranks.alone
         table, losses, flag = to_host(
             table, losses, gradients.heads.flag() if alone else losses.new_zeros(())
         )
-        sizes: list[float] = (table.diagonal() if sums else table).tolist()
+        row_sizes = table.diagonal() if sums else table
+        self._turn_up(row_sizes)
+        sizes: list[float] = row_sizes.tolist()
         if flag.item() or not alone:
             sizes = [s + head for s, head in zip(sizes, gradients.head_sizes(), strict=True)]
         return table if sums else None, sizes, losses
+
+    def _turn_up(self, sizes: Tensor) -> None:
+        """Let tasks take part from the next step on that had no way to shared parameters before."""
+        outside = self.layout.outside
+        if outside:
+            outside.difference_update([t for t in outside if sizes[t] != 0])
 
     def _overflow(self, group: Group) -> None:
         """Leave gradients that make the scaler skip the step of every optimizer."""
@@ -419,5 +428,6 @@ class Backward:
                 f"The gradient of {sorted(names)} is exactly zero on the shared parameters at "
                 f"optimiser step {self.trainer.global_step + 1}. Methods that look for a direction "
                 f"good for every task (MinNorm) stop the shared parameters then. Look for a "
-                f"detached or saturated path, or leave the task out with `active_tasks`."
+                f"detached or saturated path, leave the task out with `active_tasks`, or keep it out "
+                f"of the gradient stage with `Task(..., balance=False)` or `unbalanced_tasks`."
             )

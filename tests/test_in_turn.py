@@ -6,14 +6,17 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 from lightning_mtl import DualBalance, GradNorm, LogLoss, MinNorm, MultiTaskModule, UPGrad
 from lightning_mtl.gradient_balancers import MomentumConFIG, MTAdam, NashMTL
 from tests.models import Balanced, Network, Plain, Samples, loader, resume_from, sgd, trainer
 from tests.models import weights as parameters
+from tests.test_resume import SavedLoader
 
 pytestmark = [
+    pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
     pytest.mark.filterwarnings("ignore:A task is missing from a micro-batch"),
     pytest.mark.filterwarnings("ignore:Resuming with a training loader"),
 ]
@@ -123,33 +126,18 @@ def test_a_late_task_that_shares_more_is_found() -> None:
 
 
 def test_a_checkpoint_before_every_task_was_met_goes_on(tmp_path: Any) -> None:
-    class Places(torch.utils.data.DataLoader):
-        """Goes on behind the batches that it gave."""
+    class Three(SavedLoader):
+        def __init__(self) -> None:
+            super().__init__()
+            self.data = Samples(40, THREE)
 
-        given = 0
-
-        def __iter__(self) -> Any:
-            for batch in list(super().__iter__())[self.given :]:
-                self.given += 1
-                yield batch
-            self.given = 0
-
-        def state_dict(self) -> Any:
-            return {"given": self.given}
-
-        def load_state_dict(self, state: Any) -> None:
-            self.given = state["given"]
-
-    def data() -> Any:
-        return Places(Samples(80, THREE), batch_size=4)
-
+    saving = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=5, save_top_k=-1)
     whole = InTurn(late)
-    trainer(callbacks=[MinNorm()]).fit(whole, data())
-    first = trainer(callbacks=[MinNorm()], max_steps=5)
-    first.fit(InTurn(late), data())
-    first.save_checkpoint(tmp_path / "a.ckpt")
+    trainer(callbacks=[MinNorm(), saving], enable_checkpointing=True).fit(whole, Three())
     later = InTurn(late)
-    trainer(callbacks=[MinNorm()]).fit(later, data(), **resume_from(tmp_path / "a.ckpt"))
+    resumed = trainer(callbacks=[MinNorm()])
+    resumed.fit(later, Three(), **resume_from(tmp_path / "step=5.ckpt"))
+    assert resumed.global_step == 10
     assert torch.equal(parameters(later), parameters(whole))
 
 
