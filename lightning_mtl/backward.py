@@ -313,15 +313,13 @@ class Backward:
             apart = None if apart is None else apart.div_(scale)
         if discovered:
             self.layout.settle(balancer)
-        if discovered or group.outside:
-            if isinstance(gradients, TaskGradients):
-                gradients.turn_inward()
-            group.outside = self.outside()
         if balancer is not None and jacobian.shape[1] == 0:
             if self.layout.complete:
                 raise ValueError(no_shared(self.module, type(balancer).__name__))
             balancer = None  # the tasks so far share nothing: each trains what it reaches
         gramian, sizes, losses = self._small(group, gradients, jacobian)
+        if discovered or group.outside:
+            group.outside = self.outside()
         tasks, present = self.module.training_tasks, group.present()
         if sizes is not None:
             if self.scaler is not None and not math.isfinite(sum(sizes)):
@@ -404,7 +402,7 @@ class Backward:
         return table if sums else None, sizes, losses
 
     def _turn_up(self, sizes: Tensor) -> None:
-        """Let tasks take part from the next step on that had no way to shared parameters before."""
+        """Let tasks take part that had no way to shared parameters before."""
         outside = self.layout.outside
         if outside:
             outside.difference_update([t for t in outside if sizes[t] != 0])

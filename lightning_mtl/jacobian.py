@@ -61,7 +61,6 @@ class TaskGradients:
         self.reach = Reach(num_tasks)
         self.before: list[str] = []  # shared in a layout of which this one is an extension
         self.outside: set[int] = set()  # tasks that reach no shared parameter
-        self._inward: set[int] = set()  # those of them that did, in this step
         self._columns = Columns((), ())
         self._line: Tensor | None = None  # of this step's direction, until it is given away
         self._spent = False  # whether the row was given away with it
@@ -88,7 +87,6 @@ class TaskGradients:
         self._reached = [False] * len(self.shared or ())
         self._met: list[Collection[str]] | None = None  # heads that each task reached on any rank
         self._apart: list[Tensor] = []
-        self._inward = set()
         self._sent = []
 
     def set_aside(self) -> None:
@@ -126,14 +124,6 @@ class TaskGradients:
     def note_outside(self) -> None:
         """Note the tasks without any way to a shared parameter."""
         self.outside = self.reach.outside(self.shared or ())
-
-    def turn_inward(self) -> None:
-        """Take tasks that have turned out to reach shared parameters for such, on every rank."""
-        if self.outside:
-            flags = torch.tensor([t in self._inward for t in range(self.num_tasks)])
-            if not self.ranks.alone:
-                flags = self.ranks.max_(flags.to(self.ranks.device, torch.uint8)).cpu()
-            self.outside -= set(flags.nonzero()[:, 0].tolist())
 
     def add(
         self,
@@ -180,8 +170,6 @@ class TaskGradients:
             self._new_rows()
         parts = self._row_views[task]
         present = [g for g in grads if g is not None]
-        if self.outside and present and task in self.outside:
-            self._inward.add(task)
         if self._any_complex:
             present = [real(g) for g in present]
         into = parts

@@ -74,7 +74,8 @@ gradient = [
 @pytest.mark.parametrize("method", gradient, ids=[m.name for m in gradient])
 def test_the_others_train_as_if_it_were_not_there(method: Any) -> None:
     module, alone = (
-        fit(kind(), method.make(), limit_train_batches=6, **method.flags) for kind in (Critic, Absent)
+        fit(kind(), method.make(), limit_train_batches=6, **method.flags)
+        for kind in (Critic, Absent)
     )
     if "SAMO" not in method.name:  # which moves the shared parameters for each task, three or two
         torch.testing.assert_close(of(module, "trunk"), of(alone, "trunk"), rtol=0, atol=1e-5)
@@ -140,7 +141,9 @@ def test_a_zero_gradient_by_value_is_still_warned_about() -> None:
             z = self.net.trunk(batch[0]).sum()
             return {**losses, "d": losses["d"] + 0 * z}
 
-    with pytest.warns(UserWarning, match=r"gradient of \['d'\] is exactly zero.*`unbalanced_tasks`"):
+    with pytest.warns(
+        UserWarning, match=r"gradient of \['d'\] is exactly zero.*`unbalanced_tasks`"
+    ):
         module = fit(Zero(), MinNorm())
     assert module._flow.state_dict()["outside"] == []
 
