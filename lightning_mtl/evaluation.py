@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from lightning_mtl.batches import check_keys, described, target_keys
 from lightning_mtl.losses import known_tasks
 from lightning_mtl.metrics.delta_p import _check_names, delta_p, load_baseline
 from lightning_mtl.task import STAGES
@@ -58,6 +59,7 @@ class Evaluation:
             task = module.tasks[name]
             target = targets.get(task.target or name)
             if target is None:
+                check_keys(module, name, targets)
                 continue
             if name not in predictions:
                 raise ValueError(
@@ -208,8 +210,9 @@ def _split(module: MultiTaskModule, batch: Any) -> tuple[Any, Mapping[str, Any]]
         )
     if not (isinstance(batch, (tuple, list)) and len(batch) == 2 and isinstance(batch[1], Mapping)):
         raise TypeError(
-            f"Expected a batch (inputs, {{task: target}}) but got {type(batch).__name__}. Change "
-            f"the dataset, or override `task_losses(self, batch, batch_idx)`."
+            f"Expected a batch (inputs, {{task: target}}) but got {described(batch)}. Let the "
+            f"dataset return `x, {{{', '.join(f'{key!r}: ...' for key in target_keys(module))}}}`, "
+            f"or override `task_losses(self, batch, batch_idx)`."
         )
     return batch[0], batch[1]
 
