@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_utilities.core.imports import RequirementCache
 
 import lightning_mtl  # the short names of balancers resolve once they are imported
+from lightning_mtl.hints import hint
 
 _CLI_EXTRA = RequirementCache("jsonargparse[signatures]>=4.39,<5")
 _DESCRIPTION = (
@@ -62,6 +63,8 @@ class MultiTaskCLI(LightningCLI):
     ) -> None:
         """Lightning's parser, with the safe way of loading checkpoints as the default."""
         super().setup_parser(add_subcommands, main_kwargs, subparser_kwargs)
+        for parser in (self.parser, *getattr(self, "_subcommand_parsers", {}).values()):
+            _explain(parser)
         for name, parser in (self._subcommand_parsers if add_subcommands else {}).items():
             if "weights_only" in self._subcommand_method_arguments[name]:  # Lightning 2.6 and later
                 parser.set_defaults({"weights_only": True})
@@ -69,6 +72,18 @@ class MultiTaskCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse the given arguments, whatever the command line of the process is."""
         self.config = parser.parse_args(args)
+
+
+def _explain(parser: Any) -> None:
+    """Let a parser say in one line which class or argument does not exist."""
+    original = parser.error
+
+    def error(message: str, *args: Any, **kwargs: Any) -> Any:
+        if (found := hint(message)) is None:
+            return original(message, *args, **kwargs)
+        parser.exit(2, f"error: {found}\n")
+
+    parser.error = error
 
 
 def use_current_directory() -> None:

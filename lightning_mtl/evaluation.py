@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
+from lightning_mtl.batches import check_keys, described, target_keys
 from lightning_mtl.joined import Means, agreed, alone, compute, log, means, of_all, state_of
 from lightning_mtl.losses import _with_count, known_tasks
 from lightning_mtl.metrics.delta_p import _check_names, delta_p, load_baseline
@@ -66,6 +67,7 @@ class Evaluation:
             task = module.tasks[name]
             target = targets.get(task.target or name)
             if target is None:
+                check_keys(module, name, targets)
                 continue
             if name not in predictions:
                 raise ValueError(
@@ -322,8 +324,9 @@ def _split(module: MultiTaskModule, batch: Any) -> tuple[Any, Mapping[str, Any]]
         )
     if not (isinstance(batch, (tuple, list)) and len(batch) == 2 and isinstance(batch[1], Mapping)):
         raise TypeError(
-            f"Expected a batch (inputs, {{task: target}}) but got {type(batch).__name__}. Change "
-            f"the dataset, or override `task_losses(self, batch, batch_idx)`."
+            f"Expected a batch (inputs, {{task: target}}) but got {described(batch)}. Let the "
+            f"dataset return `x, {{{', '.join(f'{key!r}: ...' for key in target_keys(module))}}}`, "
+            f"or override `task_losses(self, batch, batch_idx)`."
         )
     return batch[0], batch[1]
 

@@ -350,6 +350,16 @@ def no_shared(module: MultiTaskModule, balancer: str) -> str:
     """Why a gradient balancer has nothing to work on, and what to do."""
     frozen = [name for name, p in module.named_parameters() if not p.requires_grad]
     found = f"; frozen are {frozen[:4]}{' and more' * (len(frozen) > 4)}" if frozen else ""
+    optimizers = module.trainer.optimizers
+    owned = trainable(module, optimizers)
+    left = [n for n, p in module.named_parameters() if p.requires_grad and n not in owned]
+    if left:
+        names = " and ".join(type(getattr(o, "optimizer", o)).__name__ for o in optimizers)
+        found += (
+            f"; {names} of `configure_optimizers` does not hold {left[:4]}"
+            f"{' and more' * (len(left) > 4)}. Give it all parameters, "
+            f"`{names.split()[0]}(self.parameters(), ...)`"
+        )
     return (
         f"Expected parameters that two or more of the tasks {list(module.training_tasks)} share "
         f"but found none, so {balancer} has no gradients to balance{found}. Unfreeze the trunk, "

@@ -116,6 +116,16 @@ class MultiTaskModule(LightningModule):
             better}}``.
     """
 
+    # What TorchScript leaves alone; Lightning has the same list for its own.
+    __jit_unused_properties__ = [  # noqa: RUF012 # torch.jit wants a list
+        *LightningModule.__jit_unused_properties__,
+        "tasks",
+        "task_names",
+        "active_tasks",
+        "training_tasks",
+        "last_step",
+    ]
+
     def __init__(
         self,
         tasks: Mapping[str, Task] | Sequence[str] | None = None,

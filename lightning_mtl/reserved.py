@@ -11,6 +11,7 @@ from lightning_mtl.arguments import one_of, whole
 from lightning_mtl.bad import OnBadLoss
 from lightning_mtl.evaluation import Evaluation
 from lightning_mtl.flow import Flow
+from lightning_mtl.inherit import with_index
 from lightning_mtl.storage import Memory
 from lightning_mtl.task import Task
 
@@ -71,7 +72,7 @@ def assigned(module: MultiTaskModule, name: str, value: Any) -> Any:
         return _argument(module, name, value)
     if name in _METHODS:
         if callable(value) and not isinstance(value, (nn.Module, Tensor)):
-            return value
+            return with_index(value, whose, bound=True) if name == "task_losses" else value
         raise TypeError(
             f"Expected `{name}` of {whose} to be a method, which {_METHODS[name]}, but got "
             f"{type(value).__name__}. {_rename(name)}"

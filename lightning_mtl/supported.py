@@ -55,6 +55,14 @@ def check_trainer(trainer: Trainer, module: MultiTaskModule, callbacks: Sequence
             f"of their sum."
         )
     for callback in callbacks:
+        if isinstance(callback, type):
+            # Lightning would call its `on_exception` because of this error, and tell of that only.
+            attached = trainer.callbacks  # type: ignore[attr-defined] # set by a connector
+            trainer.callbacks = [c for c in attached if not isinstance(c, type)]  # type: ignore[attr-defined]
+            raise MisconfigurationException(
+                f"Expected callbacks as objects but found the class {callback.__name__}. Write "
+                f"`callbacks=[{callback.__name__}()]`."
+            )
         if not isinstance(callback, Callback):
             raise MisconfigurationException(
                 f"Expected callbacks of the `lightning` package but found "

@@ -19,16 +19,21 @@ RIGHT = {task: {METRIC: 1.0} for task in TASKS}
 BASELINES = {
     "other tasks": (
         {"x": {METRIC: 1.0}, "b": {METRIC: 1.0}},
-        r"value for every task in the baseline, \['x', 'b'\].* found \['a', 'b'\]: missing \['x'\]",
+        r"every task of this run, \['a', 'b'\].* it has \['x', 'b'\]: unknown here \['x'\], missing "
+        r"in the baseline \['a'\]",
     ),
     "one task too many": (
         {**RIGHT, "c": {METRIC: 1.0}},
-        r"missing \['c'\], not in the baseline \[\]",
+        r"unknown here \['c'\], missing in the baseline \[\]",
     ),
-    "one task too few": ({"a": {METRIC: 1.0}}, r"missing \[\], not in the baseline \['b'\]"),
+    "one task too few": ({"a": {METRIC: 1.0}}, r"here \[\], missing in the baseline \['b'\]"),
     "other metrics": (
         {**RIGHT, "b": {"Accuracy": 1.0}},
-        r"every metric of task 'b' in the baseline, \['Accuracy'\].* found \['MeanSquaredError'\]",
+        r"every metric of task 'b' of this run, \['MeanSquaredError'\].* it has \['Accuracy'\]",
+    ),
+    "a letter": (
+        {**RIGHT, "b": {"MeanSquareError": 1.0}},
+        r"missing .* Is 'MeanSquareError' of the baseline meant as 'MeanSquaredError'\?",
     ),
 }
 
@@ -111,7 +116,7 @@ def test_baseline_of_a_module_with_its_own_loop(active: Any) -> None:
         ),
         (
             {"baseline": ERRORS, "delta_p_metrics": {**OWN, "b": {"val/b/iou": True}}},
-            r"every metric of task 'b' in the baseline, \['error'\].* found \['iou'\]",
+            r"every metric of task 'b' of this run, \['iou'\].* it has \['error'\]",
         ),
         (
             {"baseline": {"a": {"mae": 1.0}}, "delta_p_metrics": {"a": {"val/a/mae": False}}},

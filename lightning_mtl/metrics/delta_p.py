@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -245,12 +246,15 @@ def _check_baseline(baseline: Values, higher_is_better: Directions) -> None:
 def _check_names(what: str, found: Mapping[str, Any], baseline: Mapping[str, Any]) -> None:
     if set(found) == set(baseline):
         return
-    missing = [name for name in baseline if name not in found]
-    extra = [name for name in found if name not in baseline]
+    unknown = [name for name in baseline if name not in found]
+    missing = [name for name in found if name not in baseline]
+    near = difflib.get_close_matches(unknown[0], missing, 1) if unknown else []
+    hint = f" Is '{unknown[0]}' of the baseline meant as '{near[0]}'?" if near else ""
     raise ValueError(
-        f"Expected a value for every {what} in the baseline, {list(baseline)}, and for no other, "
-        f"but found {list(found)}: missing {missing}, not in the baseline {extra}. Use a baseline "
-        f"of the same tasks and metrics, or leave out on both sides what should not count."
+        f"Expected a baseline with every {what} of this run, {list(found)}, and no other, but it "
+        f"has {list(baseline)}: unknown here {unknown}, missing in the baseline {missing}.{hint} "
+        f"Use a baseline of the same tasks and metrics, or leave out on both sides what should "
+        f"not count."
     )
 
 
