@@ -98,6 +98,8 @@ class Evaluation:
         self, module: MultiTaskModule, batch: Any, batch_idx: int, stage: str, dataloader_idx: int
     ) -> None:
         """Measure losses and metrics of one batch."""
+        if module._trainer is not None:  # a `test_step` that calls `validation_step` tests
+            stage = "test" if module.trainer.testing else "val"
         if dataloader_idx > 0:
             raise NotImplementedError(
                 f"Expected one {stage} loader but found another: metrics would mix them. Join the "
@@ -203,8 +205,9 @@ class Evaluation:
             shape = f" of shape {tuple(value.shape)}" if isinstance(value, Tensor) else ""
             raise ValueError(
                 f"Expected the metric `{name}` to be a number or a dict of numbers but got "
-                f"{type(value).__name__}{shape}, which cannot be logged. Average it, for example "
-                f"with average='macro', or wrap it in torchmetrics' ClasswiseWrapper."
+                f"{type(value).__name__}{shape}, which cannot be logged. Average it to one, for "
+                f"example with average='macro'; torchmetrics' ClasswiseWrapper names the entries "
+                f"of a vector."
             )
         if name not in self._told:
             self._told.add(name)

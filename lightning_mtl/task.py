@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
+from torchmetrics.wrappers import MetricTracker
 
 STAGES = ("val", "test")
 
@@ -90,6 +91,11 @@ class Task(nn.Module):
 def _collection(metrics: Metrics) -> MetricCollection:
     if isinstance(metrics, MetricCollection):
         return metrics
+    if isinstance(metrics, MetricTracker):
+        raise TypeError(
+            "Expected argument `metrics` to be metrics but got a MetricTracker. Give the metric "
+            "that it tracks: loggers keep the value of every epoch, and ModelCheckpoint the best."
+        )
     if metrics is None:
         metrics = {}
     elif isinstance(metrics, Metric):

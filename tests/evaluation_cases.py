@@ -183,6 +183,9 @@ class Watching(Callback):
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         self.seen = sorted(trainer.callback_metrics)
 
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
+        self.on_validation_epoch_end(trainer, pl_module)
+
 
 class Failing(MeanMetric):
     """Fails where it is told to."""

@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torchmetrics import MeanSquaredError, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
-from torchmetrics.wrappers import BootStrapper, ClasswiseWrapper, MultioutputWrapper
+from torchmetrics.wrappers import BootStrapper, ClasswiseWrapper, MetricTracker, MultioutputWrapper
 
 from lightning_mtl import MinNorm, MultiTaskModule, Task
 from lightning_mtl.samples import samples, samples_of_batch
@@ -160,6 +160,11 @@ def test_a_vector_is_refused_before_training(metric: Any, shape: str) -> None:
     with pytest.raises(ValueError, match=message):
         run.fit(module, data, data)
     assert run.global_step == 0
+
+
+def test_a_tracker_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"^Expected .* got a MetricTracker. Give the metric that"):
+        Task(nn.MSELoss(), MetricTracker(MeanSquaredError()))
 
 
 def test_delta_p_of_a_dict_names_its_entry() -> None:
@@ -317,6 +322,22 @@ def test_training_step_in_validation_is_the_sum_of_the_losses(balancers: Any) ->
     run = trainer()
     run.test(module, loader(16), verbose=False)
     assert float(run.callback_metrics["test_loss"]) == pytest.approx(total)
+
+
+def test_validation_step_called_in_test_tests() -> None:
+    class Same(Balanced):
+        def test_step(self, batch: Any, batch_idx: int) -> None:
+            self.validation_step(batch, batch_idx)
+
+    found = []
+    for kind in (Same, Balanced):
+        run = trainer()
+        run.test(kind(), loader(16), verbose=False)
+        found.append({name: float(value) for name, value in run.callback_metrics.items()})
+    assert found[0] == found[1]
+    assert set(found[0]) == {
+        f"test/{n}" for t in TASKS for n in (f"loss/{t}", f"{t}/MeanSquaredError")
+    }
 
 
 def test_validation_equals_plain_lightning() -> None:

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 from tests import evaluation_cases
 from tests.evaluation_cases import LAYOUTS, Measured, joined
@@ -75,7 +74,7 @@ def test_figures_by_hand(folder: Path, layout: str) -> None:
 def test_a_task_of_each_rank_keeps_its_figures(folder: Path) -> None:
     """They were both the mean of the two, under one another's name."""
     logged = result(folder, CASES.index("validate|each on one rank"), 0)["numbers"]
-    assert logged["val/b/MeanAbsoluteError"] > 2 * logged["val/a/mse"] > 0
+    assert abs(logged["val/b/MeanAbsoluteError"] - logged["val/a/mse"]) > 1
     assert set(logged) == {
         *("val/loss/a", "val/a/mse", "val/a/twice", "val/loss/b"),
         *(f"val/b/{n}" for n in ("MeanAbsoluteError", "PearsonCorrCoef", "SpearmanCorrCoef")),
@@ -119,11 +118,3 @@ def test_a_metric_that_fails_on_one_rank_ends_both(folder: Path) -> None:
     told = [result(folder, len(CASES) + 2, rank) for rank in (0, 1)]
     assert told[0] == "RuntimeError: Rank 1 cannot evaluate: there is no such mean"
     assert told[1] == "ArithmeticError: there is no such mean"
-
-
-def test_the_losses_are_those_of_the_declared_tasks() -> None:
-    x, targets = joined("everything everywhere")[0]
-    module = Measured().eval()
-    losses = module.task_losses((x, targets), 0)
-    assert list(losses) == ["a", "b", "c", "d"]
-    assert float(losses["a"]) == pytest.approx(float(nn.MSELoss()(module(x)["a"], targets["a"])))
