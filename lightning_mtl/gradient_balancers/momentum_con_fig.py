@@ -168,7 +168,8 @@ class MomentumConFIG(GradientBalancer):
         common = combined(average, torch.from_numpy(weights))
         smoothed = common * (1 - self.beta1**k)
         if self.unit == 0:
-            self.unit = unit_of(math.sqrt(max(float(weights @ to_numpy(gramian) @ weights), 0.0)))
+            square = float(weights @ to_numpy(gramian) @ weights)
+            self.unit = unit_of(math.sqrt(max(square, 0.0)))
         estimate = implied_gradient(smoothed, self._shared("smoothed", smoothed), self.beta1)
         estimate /= self.unit
         second = self._shared("second", smoothed)

@@ -82,7 +82,8 @@ class SAMO(GradientBalancer):
     their whole gradient; this follows the other ones. The adaptive variant is left out.
 
     Args:
-        base: the balancer :math:`A`, with plain head gradients; ``None`` adds the gradients up.
+        base: the balancer :math:`A`, with plain head gradients; ``None`` adds the gradients up (the
+            authors' codes multiply that sum by the number of tasks).
         rho: length :math:`\rho` of the perturbations, finite and above 0. The authors' scripts
             have 0.001, and 0.00001 for QM9.
         beta: share :math:`\beta` of a task's own direction, in [0, 1] (one minus the paper's
