@@ -192,7 +192,6 @@ class Flow:
         trainer = self.trainer
         stepping = not trainer.fit_loop._should_accumulate()
         if self._group is None:
-            # Before what a step needs is taken: gradients that nobody keeps are free by then.
             zero_grad(trainer, batch_idx, self.backward.hooks)
             self._group = self._begin_group(losses, single=stepping)
         group = self._group

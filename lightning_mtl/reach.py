@@ -33,6 +33,16 @@ class Reach:
         """How many tasks make a parameter shared."""
         return min(2, len(self.by_task))
 
+    def unknown(self, tasks: Iterable[int]) -> bool:
+        """Whether nobody has looked at the graph of one of ``tasks``."""
+        return any(self.by_task[t] is None for t in tasks)
+
+    def add(self, tasks: Iterable[int], found: Sequence[set[str]]) -> None:
+        """Note what tasks reach that were not known."""
+        for t in tasks:
+            if self.by_task[t] is None:
+                self.by_task[t] = found[t]
+
     def shared(self, names: Iterable[str]) -> list[str]:
         """Those of ``names`` that enough tasks reach."""
         met = [found for found in self.by_task if found is not None]
