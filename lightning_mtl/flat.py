@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -50,6 +50,10 @@ def with_places(flat: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
     return views(flat, places(parameters))
 
 
+# References that Python does not see, such as another parameter's ``.grad``; older PyTorch has none.
+_use_count: Callable[[Tensor], int] = getattr(Tensor, "_use_count", sys.getrefcount)
+
+
 class Line:
     """A vector whose parts are given away as gradients, and taken back when nobody keeps them.
 
@@ -76,5 +80,5 @@ class Line:
         return (
             torch._C._storage_Use_Count(memory),
             sum(map(sys.getrefcount, self.views)),
-            sum(map(Tensor._use_count, self.views)),
+            sum(map(_use_count, self.views)),
         )
