@@ -93,7 +93,7 @@ class Backward:
         total = total if every == 1 else total / every
         if "on_before_backward" in self.hooks:
             self.trainer.precision_plugin.pre_backward(total, self.module)
-        if group.received > 1 or self.hooks:  # since the step began
+        if group.received > 1 or self.hooks:
             self.layout.check_frozen(self.trainer.optimizers, first=False, balanced=True)
         gradients = self.gradients()
         if group.form == "reuse":

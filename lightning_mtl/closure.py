@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning.pytorch import LightningModule
 from lightning.pytorch.trainer import call
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
@@ -15,6 +16,18 @@ from lightning_mtl.stepping import without_autocast, zero_grad
 
 if TYPE_CHECKING:
     from lightning_mtl.flow import Flow
+
+
+# PyTorch's own begin with one call.
+_ONCE = {
+    kind
+    for kind in vars(torch.optim).values()
+    if isinstance(kind, type) and kind not in (torch.optim.Optimizer, torch.optim.LBFGS)
+}
+
+
+def _overridden(module: LightningModule) -> bool:
+    return type(module).optimizer_step is not LightningModule.optimizer_step
 
 
 class Closure:
@@ -50,14 +63,16 @@ class Closure:
         self.group = group
         self.loss = loss
         self._called = False
+        self._there: list[tuple[Tensor, int, Tensor]] = []
+        self._before: list[tuple[Tensor, Tensor]] = []
+        if type(self.optimizer) in _ONCE and not _overridden(flow.module):
+            return  # nothing to look at
         own = [p for group in self.optimizer.param_groups for p in group["params"]]
         self._there = [(p, p._version, p.grad) for p in own if p.grad is not None]
         self._version = self._there[0][2]._version if self._there else 0
-        self._before: list[tuple[Tensor, Tensor]] = []
-        # PyTorch's own call it once. Others may move parameters before they call it again, and
-        # that call may be refused: whether they do shows in the first step.
-        known = type(self.optimizer).__module__.startswith("torch.optim.")
-        if not known and (flow.first_step or flow.called_again):
+        # It may move parameters before it calls again, and that call may be refused: whether it
+        # does shows in the first step.
+        if flow.first_step or flow.called_again:
             self._before = [(p, p.detach().clone()) for p in flow.backward.trained()]
 
     def __call__(self) -> Tensor | None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -47,3 +48,37 @@ def as_grad(part: Tensor, parameter: Tensor) -> Tensor:
 def with_places(flat: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
     """The parts of a vector that belong to real parameters."""
     return views(flat, places(parameters))
+
+
+# References that Python does not see, such as another parameter's ``.grad``; older PyTorch has none.
+_use_count: Callable[[Tensor], int] = getattr(Tensor, "_use_count", sys.getrefcount)
+
+
+class Line:
+    """A vector whose parts are given away as gradients, and taken back when nobody keeps them.
+
+    Hooks may keep what they see, as they may where each step has gradients of its own. A new
+    vector a step would do, but the memory of a large one comes page by page from the system.
+
+    Args:
+        vector: the memory.
+        parts: where its parts lie.
+    """
+
+    def __init__(self, vector: Tensor, parts: Places) -> None:
+        self.vector = vector
+        self.views = views(vector, parts)
+        self._own = self._holders()
+        self.given = False
+
+    def kept(self) -> bool:
+        """Whether somebody has a part still, the part itself or another view of it."""
+        return self.given and self._holders() != self._own
+
+    def _holders(self) -> tuple[int, int, int]:
+        memory = self.vector.untyped_storage()._cdata
+        return (
+            torch._C._storage_Use_Count(memory),
+            sum(map(sys.getrefcount, self.views)),
+            sum(map(_use_count, self.views)),
+        )

@@ -213,7 +213,6 @@ class Flow:
         losses.counted |= self._counted
         self._counted = losses.counted
         if self._group is None:
-            # Before what a step needs is taken: gradients that nobody keeps are free by then.
             zero_grad(trainer, batch_idx, self.backward.hooks)
             self._group = self._begin_group(losses, single=stepping)
         group = self._group

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_mtl import inner
 from lightning_mtl.balancer import Columns
-from lightning_mtl.flat import as_grad, places, real, views
+from lightning_mtl.flat import Line, as_grad, places, real, views
 from lightning_mtl.heads import HeadGradients, refuse_sparse, summed_heads
 from lightning_mtl.losses import TaskLosses
 from lightning_mtl.reach import Reach, from_graph, on_any_rank
@@ -24,10 +24,9 @@ Named = dict[str, nn.Parameter]
 class TaskGradients:
     """Collects one gradient a task, adds up micro-batches, and writes the balanced direction back.
 
-    Shared parameters are those that two or more tasks reach (with one task: all that it reaches).
-    They are found from the graph of the first optimiser step, unless given, and stay fixed from
-    then on. Their gradients live in one preallocated matrix of shape ``(T, P)``, in float32 or the
-    parameters' own dtype where that is wider.
+    Shared parameters are those that two or more tasks reach (with one task: all that it reaches),
+    found from the graph of the first optimiser step unless given. Their gradients live in one
+    matrix of shape ``(T, P)``, in float32 or the parameters' own dtype where that is wider.
 
     Args:
         parameters: every trainable parameter by name.
@@ -62,8 +61,7 @@ class TaskGradients:
         self.before: list[str] = []  # shared in a layout of which this one is an extension
         self.outside: set[int] = set()  # tasks that reach no shared parameter
         self._columns = Columns((), ())
-        self._line: Tensor | None = None  # of this step's direction, until it is given away
-        self._spent = False  # whether the row was given away with it
+        self._line: Line | None = None  # of directions, and of the one row if there is one
         self._narrow: Tensor | None = None  # rows of a few columns, see `narrow_rows`
         self._order = list(parameters)
         self._inputs = list(parameters.values())
@@ -143,7 +141,7 @@ class TaskGradients:
             shared: whether the row is wanted; always so while the layout is unknown.
             heads: whether the gradients of the other parameters are wanted.
         """
-        split = len(self.shared) if self.shared is not None else 0
+        split = len(self.shared or ())
         first, end = 0 if shared or not split else split, None if heads else split
         inputs = self._inputs[first:end]
         if not inputs:
@@ -166,8 +164,7 @@ class TaskGradients:
 
     def add_to_row(self, task: int, grads: Sequence[Tensor | None]) -> None:
         """Add gradients of the shared parameters, in their order, to a row."""
-        if self._spent:
-            self._new_rows()
+        self._own_row()
         parts = self._row_views[task]
         present = [g for g in grads if g is not None]
         if self._any_complex:
@@ -241,8 +238,7 @@ class TaskGradients:
 
     def combined(self) -> Tensor:
         """Row 0, summed over ranks, where one combined gradient was added up."""
-        if self._spent:
-            self._new_rows()
+        self._own_row()
         assert self.rows is not None
         if not self._written[0]:
             self.rows[0].zero_()
@@ -276,8 +272,7 @@ class TaskGradients:
     def _close(self) -> Tensor:
         if self.shared is None:
             self._find(self.heads.by_task)
-        if self._spent:
-            self._new_rows()
+        self._own_row()
         assert self.rows is not None
         for task in range(len(self._sent), len(self.rows)):
             self._close_row(task)
@@ -321,7 +316,14 @@ class TaskGradients:
     def _new_rows(self) -> None:
         self.rows = self._allocate(sum(self._columns.sizes), self._like)
         self._row_views = [views(row, self._places) for row in self.rows]
-        self._spent = False
+        self._line = Line(self.rows[0], self._places) if self._in_place else None
+
+    def _own_row(self) -> None:
+        """Leave the one row to whoever keeps gradients that are parts of it."""
+        if self._in_place and self._line is not None and self._line.given:
+            if self._line.kept():
+                self._new_rows()
+            self._line.given = False
 
     def _leaf(self, parameter: nn.Parameter) -> Tensor:
         """What of a parameter this process has."""
@@ -338,30 +340,28 @@ class TaskGradients:
     @property
     def _direction(self) -> Tensor:
         """Where the direction of this step is put: on the device, in float32 or wider."""
-        if self._line is None:
+        if self._line is None or (not self._in_place and self._line.kept()):
             assert self.rows is not None
-            width = self.rows.shape[1]
-            self._line = self.rows[0] if self._in_place else self._like.new_empty(width)
-        return self._line
+            self._line = Line(self._like.new_empty(self.rows.shape[1]), self._places)
+        return self._line.vector
 
     def write_shared(self, direction: Tensor, *, every_column: bool) -> None:
         """Make ``direction``, shape ``(P,)``, the ``.grad`` of the shared parameters.
 
         The gradients are views of one vector with each parameter's own strides, as fused
-        optimizers expect. It is theirs from now on and the next step takes a new one, so that
-        hooks may keep gradients. Parameters that no task reached in this step keep none, as in
-        plain training, unless ``every_column``.
+        optimizers expect. The next step takes another one where hooks keep some. Parameters that no
+        task reached in this step keep none, as in plain training, unless ``every_column``.
         """
-        line = self._direction
-        if direction.data_ptr() != line.data_ptr():
-            line.copy_(direction)
-        self._line, self._spent = None, self._in_place
-        columns = zip(self.shared or (), views(line, self._places), self._reached, strict=True)
+        vector = self._direction
+        if direction.data_ptr() != vector.data_ptr():
+            vector.copy_(direction)
+        assert self._line is not None
+        self._line.given = True
+        columns = zip(self.shared or (), self._line.views, self._reached, strict=True)
         for name, view, reached in columns:
-            if not (reached or every_column):
-                continue
-            parameter = self.parameters[name]
-            parameter.grad = self._grad(parameter, view)
+            if reached or every_column:
+                parameter = self.parameters[name]
+                parameter.grad = self._grad(parameter, view)
 
     def combine(self, weights: Tensor) -> Tensor:
         """The direction ``weights @ J``, shape ``(P,)``, in the vector behind ``.grad``."""

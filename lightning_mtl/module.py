@@ -235,16 +235,17 @@ class MultiTaskModule(LightningModule):
     def shared_parameters(self) -> Iterable[nn.Parameter] | None:
         """The parameters whose task gradients are balanced; ``None`` finds them from the graph.
 
-        Found are those that two or more tasks reach in the first optimiser step. Override it when
-        a task may be missing from that step, or to balance a part of the trunk only.
+        Found are those that two or more tasks reach in the first optimiser step, and later those
+        that it skipped. Override it when a task may be missing from that step, or to balance a
+        part of the trunk only.
         """
         return None
 
     def last_shared_layer(self) -> Iterable[nn.Parameter] | None:
         """The parameters that ``gradients="last_layer"`` looks at.
 
-        ``None`` stands for the module that owns the last shared parameter in the order of
-        ``named_parameters()``. Override it where that is not the layer before the heads.
+        ``None`` stands for the module that owns the last parameter that all tasks reach, in the
+        order of ``named_parameters()``. Override it where that is not the layer before the heads.
         """
         return None
 

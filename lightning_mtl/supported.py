@@ -140,7 +140,7 @@ def check_optimizers(trainer: Trainer, module: MultiTaskModule) -> None:
             raise MisconfigurationException(
                 f"LBFGS is not supported with {type(module).__name__}: it evaluates the losses "
                 f"several times a step, and balancing happens once. Use a first-order optimizer "
-                f"such as SGD or AdamW."
+                f"such as SGD or AdamW, or no balancer."
             )
 
 

@@ -147,7 +147,8 @@ def test_lbfgs() -> None:
         r"^LBFGS is not supported with Tunable: it evaluates the losses several times a step, .* "
         r"Use a first-order optimizer such as SGD or AdamW"
     )
-    refuses(lambda: trainer().fit(module), module, message)
+    for balancer in (MinNorm, LogLoss):
+        refuses(lambda b=balancer: trainer(callbacks=[b()]).fit(module), module, message)
 
 
 def test_overridden_training_step() -> None:
