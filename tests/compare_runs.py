@@ -15,6 +15,7 @@ import yaml
 from lightning_mtl.cli import main
 
 PATIENCE = 120.0  # seconds for what should take a few
+started: list[BaseProcess] = []  # that a test which fails leaves behind
 MODEL = "tests.compare_model."
 CONFIG = {
     "model": {"class_path": MODEL + "TwoTasks", "init_args": {"width": 8}},
@@ -37,6 +38,7 @@ def start(folder: Path, options: list[str]) -> BaseProcess:
     context.set_forkserver_preload(["tests.compare_runs"])
     process = context.Process(target=_command, args=(folder, options))
     process.start()
+    started.append(process)
     return process
 
 

@@ -113,7 +113,9 @@ def test_every_run_is_recorded(grid: Grid):
 def test_progress_covers_the_whole_grid(grid: Grid):
     lines = [line for line in grid.stdout.splitlines() if re.match(r"\[ ?\d+/20\]", line)]
     assert [int(line[1:3]) for line in lines] == list(range(1, 21))
-    assert all(re.search(r"\| \d+ s so far, about \d+ s left$", line) for line in lines[:-1])
+    assert all(
+        re.search(r"\| \d+ (s|min) so far, about \d+ (s|min) left$", line) for line in lines[:-1]
+    )
     assert not grid.stderr
 
 

@@ -15,11 +15,20 @@ from pathlib import Path
 import pytest
 
 from lightning_mtl.cli import main
-from tests.compare_runs import MODEL, files, finished, gone, kill, printed, start, until
+from tests.compare_runs import MODEL, files, finished, gone, kill, printed, start, started, until
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="signals, /proc and tmpfs")
 STUCK = {"equal": [], "stuck": [{"class_path": MODEL + "Stuck"}]}
 BROKEN = {"equal": [], "broken": [{"class_path": MODEL + "Broken"}]}
+
+
+@pytest.fixture(autouse=True)
+def _leave_no_process():
+    yield
+    while started:
+        process = started.pop()
+        if process.is_alive():
+            process.kill()
 
 
 def records(folder: Path) -> list[dict]:
