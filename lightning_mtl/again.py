@@ -78,8 +78,8 @@ def remember(module: MultiTaskModule, batch: Any, batch_idx: int, balancer: str)
     """
     if (found := iterator_in(batch)) is not None:
         raise TypeError(
-            f"Expected a batch that can be used twice, since {balancer} needs its losses once more, "
-            f"but it has an iterator ({found}). Put its items into a list, for example in "
+            f"Expected a batch that can be used twice, since {balancer} needs its losses once "
+            f"more, but it has an iterator ({found}). Put its items into a list, for example in "
             f"`collate_fn` or `on_after_batch_transfer`."
         )
     states = [torch.get_rng_state()]

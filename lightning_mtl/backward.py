@@ -55,7 +55,7 @@ class Backward:
         self.layout = layout
         self.loss_balancer = loss_balancer
         self.gradient_balancer = gradient_balancer
-        # No balancer: an absent task counts for zero, as when users add the losses up themselves.
+        # An absent task then counts for zero, as when users add the losses up themselves.
         self.plain = type(loss_balancer) is EqualWeighting and gradient_balancer is None
         self.positive_for: str | None = None  # name of a balancer that needs positive losses
         self.scaler: Any = getattr(trainer.precision_plugin, "scaler", None)
@@ -205,10 +205,8 @@ class Backward:
 
     def _note_uneven(self, losses: TaskLosses, group: Group, stepping: bool) -> None:
         """Say what a task that is missing from a micro-batch of summed losses leads to."""
-        if self.trainer.accumulate_grad_batches == 1 or group.uneven:
-            return
-        alone = stepping and group.received == 1
-        if not alone and losses.uneven(len(group.counts), plain=self.plain):
+        apart = self.trainer.accumulate_grad_batches > 1 and not (stepping and group.received == 1)
+        if apart and not group.uneven and losses.uneven(len(group.counts), plain=self.plain):
             group.uneven = True
             rank_zero_warn(
                 "A task is missing from a micro-batch, or brings a label count. This optimiser "
@@ -272,9 +270,8 @@ class Backward:
                     found = checked(found, self.loss_balancer, means, look=look)
                 group.loss_weights = of_all(found, rows[1], len(rows[0]), means)
             weights = self._of(group.loss_weights, losses, group.loss_weights)
-        if losses.joint is None:
-            return weights
-        return weights * weights.new_tensor(losses.shares(plain=self.plain))
+        shares = losses.shares(plain=self.plain)
+        return weights if losses.joint is None else weights * weights.new_tensor(shares)
 
     def _of(self, weights: Tensor | None, losses: TaskLosses, like: Tensor) -> Tensor:
         """Weights of the tasks of a micro-batch, from those of all tasks."""

@@ -80,7 +80,9 @@ class Flow:
         self._heard = False  # whether it is known who listens to hooks
         self._first_done = False
         self._counted: set[int] = set()  # tasks that have brought label counts
-        self._lonely = Lonely(type(gradient).__name__) if self.gradient_balancer is not None else None
+        self._lonely = (
+            Lonely(type(gradient).__name__) if self.gradient_balancer is not None else None
+        )
         self._uneven = False  # whether label counts or absent tasks were met under accumulation
         if self.gradient_balancer is not None or self.observers:
             # A compiled backward pass may otherwise free what the next task's pass needs.

@@ -36,7 +36,7 @@ def hint(message: str) -> str | None:
     pattern = r"class_path '([\w.]+)\.(\w+)':\s+Option '(\w+)' is not accepted"
     if found := re.search(pattern, message):
         module, name, option = found.groups()
-        given = [n for n in inspect.signature(getattr(_imported(module), name)).parameters]
+        given = list(inspect.signature(getattr(_imported(module), name)).parameters)
         return (
             f"{where}`{name}` has no argument `{option}`.{_near(option, given)} Its arguments are "
             f"{', '.join(given) or 'none'}."

@@ -120,7 +120,9 @@ def with_index(task_losses: Callable[..., Any], whose: str, *, bound: bool) -> C
     index = {"batch_idx"} if not both and "batch_idx" in names[1:] else set()
     variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     others = [p for p in parameters if p not in given and p.kind not in variable]
-    if (not given and not both) or any(p.default is p.empty and p.name not in index for p in others):
+    if (not given and not both) or any(
+        p.default is p.empty and p.name not in index for p in others
+    ):
         raise TypeError(
             f"Expected `task_losses(self, batch, batch_idx)` or `task_losses(self, batch)` of "
             f"{whose} but found the arguments {names}. Change its signature; the rest belongs into "

@@ -84,7 +84,9 @@ def places(value: Any, tensors: list[Tensor], where: str = "batch", depth: int =
     elif isinstance(value, (list, tuple)):
         inside = [(f"{where}[{i}]", item) for i, item in enumerate(value)]
     else:
-        inside = [(f"{where}.{name}", item) for name, item in getattr(value, "__dict__", {}).items()]
+        inside = [
+            (f"{where}.{name}", item) for name, item in getattr(value, "__dict__", {}).items()
+        ]
     return [place for name, item in inside for place in places(item, tensors, name, depth + 1)]
 
 

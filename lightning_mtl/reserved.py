@@ -19,7 +19,13 @@ if TYPE_CHECKING:
     from lightning_mtl.module import MultiTaskModule
 
 # Arguments that may also be set as attributes.
-_ARGUMENTS = ("active_tasks", "on_bad_loss", "gradient_memory", "gradient_blocks", "shard_gradients")
+_ARGUMENTS = (
+    "active_tasks",
+    "on_bad_loss",
+    "gradient_memory",
+    "gradient_blocks",
+    "shard_gradients",
+)
 # Methods that a subclass may define.
 _METHODS = {
     "task_losses": "returns the losses of a batch",

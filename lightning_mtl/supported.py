@@ -44,8 +44,9 @@ def check_trainer(trainer: Trainer, module: MultiTaskModule, callbacks: Sequence
         owner = next(base for base in type(module).__mro__ if "training_step" in vars(base))
         if not issubclass(owner, MultiTaskModule):
             raise MisconfigurationException(
-                f"{name} has the `training_step` of {owner.__name__}, which adds its losses up. Define "
-                f"`task_losses(self, batch, batch_idx)` in {name} and return a dict {{task: loss}}."
+                f"{name} has the `training_step` of {owner.__name__}, which adds its losses up. "
+                f"Define `task_losses(self, batch, batch_idx)` in {name} and return a dict "
+                f"{{task: loss}}."
             )
         raise MisconfigurationException(
             f"{name} overrides `training_step`, which is where MultiTaskModule balances. Rename "

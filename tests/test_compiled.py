@@ -13,7 +13,6 @@ from lightning_mtl import FAMO, SAMO, DualBalance, LogLoss, MinNorm
 from tests.models import Balanced, loader, trainer, weights
 
 
-
 class Watch(Callback):
     """Asks for task gradients, as a monitor does."""
 

@@ -167,7 +167,9 @@ def test_without_task_losses_their_training_step_is_refused() -> None:
     class Half(Theirs, MultiTaskModule):
         pass
 
-    with pytest.raises(Exception, match=r"Half has the `training_step` of Theirs.*Define `task_losses"):
+    with pytest.raises(
+        Exception, match=r"Half has the `training_step` of Theirs.*Define `task_losses"
+    ):
         trainer().fit(Half(0.0), loader(8))
 
 
@@ -177,8 +179,8 @@ def test_the_line_to_write_when_their_constructor_needs_arguments() -> None:
             super().__init__(["a", "b"])
 
     message = (
-        r"arguments \['dropout'\] of Theirs, a base of Missing.*`Theirs.__init__\(self, dropout\)`, "
-        r"then `MultiTaskModule.__init__\(self, tasks=\.\.\.\)`"
+        r"arguments \['dropout'\] of Theirs, a base of Missing.*`Theirs.__init__\(self, dropout\)"
+        r"`, then `MultiTaskModule.__init__\(self, tasks=\.\.\.\)`"
     )
     with pytest.raises(TypeError, match=message):
         Missing()

@@ -144,8 +144,11 @@ def test_a_loss_balancer_takes_means_over_what_is_there(make: Any) -> None:
 
 # ------------------------------------------------------------------------------------------ ranks
 
-CASES = [f"{kind}|{order}|{every}" for kind in ("ours", "plain", "monitor")
-         for order, every in (("in turn", 1), ("in turn", 2), ("mixed", 2))]
+CASES = [
+    f"{kind}|{order}|{every}"
+    for kind in ("ours", "plain", "monitor")
+    for order, every in (("in turn", 1), ("in turn", 2), ("mixed", 2))
+]
 
 
 def run(case: str, rank: int, world: int) -> dict[str, Any]:
@@ -185,6 +188,7 @@ def test_no_balancer_is_plain_ddp(folder: Path, case: str) -> None:
 
 
 # --------------------------------------------------------------------------------- nothing to do
+
 
 class Sets(MultiTaskModule):
     """Its shared parameters are named, so that no step has to show all tasks."""

@@ -19,8 +19,8 @@ from lightning_mtl.keep import copied, iterator_in
 from tests.models import Batched, Network, Samples, sgd, trainer, weights
 
 BALANCERS: dict[str, Any] = {
-    "FAMO": lambda: FAMO(),
-    "SAMO": lambda: SAMO(),
+    "FAMO": FAMO,
+    "SAMO": SAMO,
     "MinNorm": lambda: MinNorm(gradients="representation+1"),
 }
 by_balancer = pytest.mark.parametrize("balancer", BALANCERS)
@@ -69,7 +69,7 @@ class Plain:
         self.x, self.y = [x], {"y": y}
 
 
-Pair = namedtuple("Pair", "x y")  # noqa: PYI024 # as users write them
+Pair = namedtuple("Pair", "x y")  # as users write them
 
 
 def scaled(batch: Any) -> Any:
