@@ -279,7 +279,7 @@ def check_total(losses: Any, declared: Sequence[str] = ()) -> None:
             )
             raise ValueError(
                 f"Expected one loss a task but '{name}' {reason} {found}, and the tasks would "
-                f"count twice. Leave it out of the dict that `task_losses` returns; if it is a task, "
+                f"count twice. Leave it out of what `task_losses` returns; if it is a task, "
                 f"declare them all: `super().__init__(tasks={[*losses]})`."
             )
 
