@@ -56,7 +56,7 @@ class Backward:
         self.loss_balancer = loss_balancer
         self.gradient_balancer = gradient_balancer
         self.limit: Limit | None = None  # what a balancer asks of losses
-        # No balancer: an absent task counts for zero, as when users add the losses up themselves.
+        # An absent task then counts for zero, as when users add the losses up themselves.
         self.plain = type(loss_balancer) is EqualWeighting and gradient_balancer is None
         self.scaler: Any = getattr(trainer.precision_plugin, "scaler", None)
         self.hooks: set[str] = set()  # those of a backward pass that somebody listens to
@@ -212,10 +212,8 @@ class Backward:
 
     def _note_uneven(self, losses: TaskLosses, group: Group, stepping: bool) -> None:
         """Say what a task that is missing from a micro-batch of summed losses leads to."""
-        if self.trainer.accumulate_grad_batches == 1 or group.uneven:
-            return
-        alone = stepping and group.received == 1
-        if not alone and losses.uneven(len(group.counts), plain=self.plain):
+        apart = self.trainer.accumulate_grad_batches > 1 and not (stepping and group.received == 1)
+        if apart and not group.uneven and losses.uneven(len(group.counts), plain=self.plain):
             group.uneven = True
             rank_zero_warn(
                 "A task is missing from a micro-batch, or brings a label count. This optimiser "
@@ -280,9 +278,8 @@ class Backward:
                     found = checked(found, self.loss_balancer, means, look=look)
                 group.loss_weights = of_all(found, rows[1], len(rows[0]), means)
             weights = self._of(group.loss_weights, losses, group.loss_weights)
-        if losses.joint is None:
-            return weights
-        return weights * weights.new_tensor(losses.shares(plain=self.plain))
+        shares = losses.shares(plain=self.plain)
+        return weights if losses.joint is None else weights * weights.new_tensor(shares)
 
     def _of(self, weights: Tensor | None, losses: TaskLosses, like: Tensor) -> Tensor:
         """Weights of the tasks of a micro-batch, from those of all tasks."""
@@ -426,6 +423,6 @@ class Backward:
                 f"The gradient of {sorted(names)} is exactly zero on the shared parameters at "
                 f"optimiser step {self.trainer.global_step + 1}. Methods that look for a direction "
                 f"good for every task (MinNorm) stop the shared parameters then. Look for a "
-                f"detached or saturated path, leave the task out with `active_tasks`, or keep it out "
-                f"of the gradient stage with `Task(..., balance=False)` or `unbalanced_tasks`."
+                f"detached or saturated path, leave the task out with `active_tasks`, or keep it "
+                f"out of the gradient stage with `Task(..., balance=False)` or `unbalanced_tasks`."
             )

@@ -79,9 +79,9 @@ def _explain(parser: Any) -> None:
     original = parser.error
 
     def error(message: str, *args: Any, **kwargs: Any) -> Any:
-        if (found := hint(message)) is None:
-            return original(message, *args, **kwargs)
-        parser.exit(2, f"error: {found}\n")
+        if (found := hint(message)) is not None:
+            parser.exit(2, f"error: {found}\n")
+        return original(message, *args, **kwargs)
 
     parser.error = error
 

@@ -29,4 +29,4 @@ def compile_losses(module: MultiTaskModule) -> None:
     own = type(module).task_losses is not MultiTaskModule.task_losses
     if own and not hasattr(module.task_losses, "_torchdynamo_orig_callable"):
         compiled = module._compiler_ctx["dynamo_ctx"](module.task_losses)
-        module.task_losses = compiled  # type: ignore[method-assign] # of this module alone
+        module.task_losses = compiled  # type: ignore[method-assign] # as Lightning does

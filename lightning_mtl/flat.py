@@ -50,7 +50,8 @@ def with_places(flat: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
     return views(flat, places(parameters))
 
 
-# References that Python does not see, such as another parameter's ``.grad``; older PyTorch has none.
+# References that Python does not see, such as another parameter's ``.grad``; older PyTorch has
+# no such count.
 _use_count: Callable[[Tensor], int] = getattr(Tensor, "_use_count", sys.getrefcount)
 
 

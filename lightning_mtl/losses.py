@@ -91,7 +91,7 @@ class TaskLosses:
         ]
 
     def uneven(self, num_tasks: int, *, plain: bool = False) -> bool:
-        """Whether a task brings a label count or, but for ``plain``, is absent somewhere."""
+        """Whether a task is absent somewhere, unless ``plain``, or brings a label count."""
         if self.joint is not None:
             return any(
                 count != self.size and (t in self.counted or not plain)
@@ -307,11 +307,13 @@ def check_total(losses: Any, declared: Sequence[str] = ()) -> None:
         made = name in nodes and len(others) > 0 and leads_to(nodes[name], others)
         if name == "loss" or made:
             found = [other for other in losses if other != name]
-            reason = "is computed from the losses of the others" if made else "is Lightning's total"
+            reason = (
+                "is made of the losses of" if made else "is Lightning's name for the total beside"
+            )
             raise ValueError(
                 f"Expected one loss a task but '{name}' {reason} {found}, and the tasks would "
-                f"count twice. Leave it out of the dict that `task_losses` returns; if it is a "
-                f"task, declare them all: `super().__init__(tasks={[*losses]})`."
+                f"count twice. Leave it out of what `task_losses` returns; if it is a task, "
+                f"declare them all: `super().__init__(tasks={[*losses]})`."
             )
 
 

@@ -116,14 +116,11 @@ class MultiTaskModule(LightningModule):
             better}}``.
     """
 
-    # What TorchScript leaves alone; Lightning has the same list for its own.
-    __jit_unused_properties__ = [  # noqa: RUF012 # torch.jit wants a list
+    # TorchScript compiles `forward`; losses and metrics are no part of it, and not of its language.
+    __jit_ignored_attributes__ = ("_tasks",)
+    __jit_unused_properties__ = [  # noqa: RUF012 # as in LightningModule, a list
         *LightningModule.__jit_unused_properties__,
-        "tasks",
-        "task_names",
-        "active_tasks",
-        "training_tasks",
-        "last_step",
+        *("tasks", "task_names", "active_tasks", "training_tasks", "last_step"),
     ]
 
     def __init__(

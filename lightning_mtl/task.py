@@ -40,7 +40,7 @@ class Task(nn.Module):
 
     def __init__(
         self,
-        loss: Callable[[Any, Any], Tensor],
+        loss: nn.Module | Callable[[Any, Any], Tensor],  # a class in YAML, or a function by path
         metrics: Metrics = None,
         *,
         target: str | None = None,

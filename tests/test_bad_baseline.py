@@ -19,8 +19,7 @@ RIGHT = {task: {METRIC: 1.0} for task in TASKS}
 BASELINES = {
     "other tasks": (
         {"x": {METRIC: 1.0}, "b": {METRIC: 1.0}},
-        r"every task of this run, \['a', 'b'\].* it has \['x', 'b'\]: unknown here \['x'\], missing "
-        r"in the baseline \['a'\]",
+        r"of this run, \['a', 'b'\].* has \['x', 'b'\]: unknown here \['x'\], missing .*'a'",
     ),
     "one task too many": (
         {**RIGHT, "c": {METRIC: 1.0}},

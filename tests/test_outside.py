@@ -1,4 +1,4 @@
-"""A task that takes no part in the gradient stage: by wish, or because it does not touch the trunk."""
+"""A task that takes no part in the gradient stage: by wish, or for want of a way to the trunk."""
 
 from __future__ import annotations
 
