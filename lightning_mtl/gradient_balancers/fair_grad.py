@@ -61,7 +61,8 @@ class FairGrad(GradientBalancer):
     gradients together.
 
     Args:
-        alpha: :math:`\alpha`, above zero; the default of the authors' code. Their run scripts use 2.
+        alpha: :math:`\alpha`, above zero; the default of the authors' code. Their run scripts
+            use 2.
         weight_heads: weigh the gradients of each task's own parameters by :math:`w_t` too, as
             LibMTL does. The authors' code does not.
         scale: ``"mean"`` is the equation, ``"sum"`` multiplies the weights by the number of tasks,
