@@ -274,7 +274,7 @@ def _within_range(weights: Tensor | None, gramian: Tensor | None, dtype: torch.d
     squares: list[float] = gramian.diagonal().tolist()  # plain numbers: this is in every step
     sizes = [1.0] * len(squares) if weights is None else weights.tolist()
     longest = sum(abs(w) * math.sqrt(max(s, 0.0)) for w, s in zip(sizes, squares, strict=True))
-    return longest < 0.5 * torch.finfo(dtype).max
+    return bool(longest < 0.5 * torch.finfo(dtype).max)
 
 
 def _check_direction(

@@ -59,7 +59,6 @@ class TaskGradients:
         self.shared: list[str] | None = None
         self.reach = Reach(num_tasks)
         self.before: list[str] = []  # shared in a layout of which this one is an extension
-        self.outside: set[int] = set()  # tasks that reach no shared parameter
         self._columns = Columns((), ())
         self._line: Line | None = None  # of directions, and of the one row if there is one
         self._narrow: Tensor | None = None  # rows of a few columns, see `narrow_rows`
@@ -119,9 +118,14 @@ class TaskGradients:
             self._fix([*self.before, *(n for n in found if n not in set(self.before))])
         self.note_outside()
 
+    @property
+    def outside(self) -> set[int]:
+        """Tasks that reach no shared parameter."""
+        return self.reach.apart
+
     def note_outside(self) -> None:
         """Note the tasks without any way to a shared parameter."""
-        self.outside = self.reach.outside(self.shared or ())
+        self.reach.apart = self.reach.outside(self.shared or ())
 
     def add(
         self,

@@ -66,7 +66,7 @@ class Layout:
     @property
     def outside(self) -> set[int]:
         """Tasks that reach no shared parameter."""
-        return set() if self._gradients is None else self._gradients.outside
+        return set() if self._reach is None else self._reach.apart
 
     def gradients(self, optimizers: Sequence[Any]) -> TaskGradients:
         """Buffers for the task gradients, made on first use."""
@@ -79,13 +79,15 @@ class Layout:
             self._gradients = self._make(
                 parameters, num_tasks, shared, self.ranks, memory=memory, in_place=self.probing
             )
+            self._gradients.before = self._before
             if self._reach is None:
                 self._reach = self._gradients.reach
                 if self._restored is not None:
                     self._reach.restore(self._restored, list(parameters))
-            self._gradients.reach, self._gradients.before = self._reach, self._before
-            if shared is not None:
-                self._gradients.note_outside()
+            else:
+                self._gradients.reach = self._reach
+                if shared is not None:
+                    self._gradients.note_outside()
         return self._gradients
 
     def summed(self, optimizers: Sequence[Any], *, first: bool) -> TaskGradients:
@@ -176,7 +178,7 @@ class Layout:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue with the saved names."""
         self.saved, self._saved_trainable = state["shared"], state["trainable"]
-        keys = ("reached", "met", "layer")
+        keys = ("reached", "met", "layer", "outside")
         if all(key in state for key in keys):  # else it is one of an older version
             self._restored = {key: state[key] for key in keys}
         elif self.saved is not None:

@@ -23,12 +23,14 @@ class Reach:
         by_task: names; ``None`` for a task whose graph nobody has looked at.
         late: parameters outside the rows that turned out to be shared.
         layer: the last that all tasks reach, once it was needed.
+        apart: tasks that reach no shared parameter.
     """
 
     def __init__(self, num_tasks: int) -> None:
         self.by_task: list[set[str] | None] = [None] * num_tasks
         self.late: list[str] = []
         self.layer: list[str] | None = None
+        self.apart: set[int] = set()
 
     @property
     def complete(self) -> bool:
@@ -92,13 +94,14 @@ class Reach:
             for n in order
         ]
         met = [found is not None for found in self.by_task]
-        return {"reached": bits, "met": met, "layer": self.layer}
+        apart = sorted(self.apart)
+        return {"reached": bits, "met": met, "layer": self.layer, "outside": apart}
 
     def restore(self, state: Mapping[str, Any], order: Sequence[str]) -> None:
         """Continue with what :meth:`state` gave for the same names."""
         bits, met = state["reached"], state["met"]
         if len(bits) == len(order) and len(met) == len(self.by_task):
-            self.layer = state["layer"]
+            self.layer, self.apart = state["layer"], set(state["outside"])
             self.by_task = [
                 {n for n, b in zip(order, bits, strict=True) if b >> t & 1} if known else None
                 for t, known in enumerate(met)

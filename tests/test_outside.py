@@ -55,7 +55,7 @@ class Absent(Critic):
 
 def fit(module: Any, *balancers: Any, **flags: Any) -> Any:
     run = trainer(callbacks=list(balancers), **flags)
-    run.fit(module, loader(tasks=THREE), loader(16, tasks=THREE))
+    run.fit(module, loader(tasks=THREE))
     return module
 
 
