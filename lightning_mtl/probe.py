@@ -266,7 +266,9 @@ def _found_layer(
     if gradients.reach.layer is None:
         shared, own = set(gradients.shared or ()), {id(p) for p in module.parameters()}
         names = [n for n, p in gradients.parameters.items() if n in shared and id(p) in own]
-        common = gradients.reach.common(names)
+        tasks = enumerate(module.training_tasks)
+        without = {t for t, task in tasks if task in module.unbalanced_tasks} | gradients.outside
+        common = gradients.reach.common(names, without)
         if not common:
             raise ValueError(
                 f"Expected a layer that all of the tasks {list(module.training_tasks)} reach with "

@@ -65,9 +65,10 @@ class Reach:
         met = [found for found in self.by_task if found is not None]
         return [n for n in names if sum(n in found for found in met) >= self.needed]
 
-    def common(self, names: Iterable[str]) -> list[str]:
-        """Those of ``names`` that every task reaches of which that is known."""
-        met = [found for found in self.by_task if found is not None]
+    def common(self, names: Iterable[str], without: Collection[int]) -> list[str]:
+        """Those of ``names`` that every task but some reaches, of which that is known."""
+        known = enumerate(self.by_task)
+        met = [found for t, found in known if found is not None and t not in without]
         return [n for n in names if all(n in found for found in met)]
 
     def note(self, heads: Sequence[Collection[str]], outside: Sequence[str]) -> None:
