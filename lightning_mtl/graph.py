@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 from torch import Tensor
 
 
@@ -33,3 +36,17 @@ def reachable(loss: Tensor, stop: Tensor | None = None) -> set[int]:
             leaves.add(id(node.variable))
         todo += [following for following, _ in node.next_functions]
     return leaves
+
+
+def compiled(roots: Iterable[Any]) -> bool:
+    """Whether a part behind these nodes was compiled: it gives zeros where there is no path."""
+    todo, seen = list(roots), set()
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        if node.name() == "CompiledFunctionBackward":
+            return True
+        seen.add(node)
+        todo += [following for following, _ in node.next_functions]
+    return False
