@@ -17,6 +17,29 @@ def real(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
+def wide(tensors: Iterable[Tensor]) -> torch.dtype:
+    """What holds the numbers of all real tensors: at least float32."""
+    dtype = torch.float32
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
+
+
+def check_device(parameters: Iterable[Tensor]) -> None:
+    """Refuse shared parameters on several devices.
+
+    Raises:
+        ValueError: they are.
+    """
+    devices = {p.device for p in parameters}
+    if len(devices) > 1:
+        raise ValueError(
+            f"Expected the shared parameters on one device but found them on "
+            f"{sorted(map(str, devices))}. Keep the shared trunk on one device, or return the "
+            f"part on one from `shared_parameters()`."
+        )
+
+
 def places(parameters: Iterable[Tensor]) -> Places:
     """Where each real parameter lies in a vector that has one after the other.
 
@@ -50,8 +73,7 @@ def with_places(flat: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
     return views(flat, places(parameters))
 
 
-# References that Python does not see, such as another parameter's ``.grad``; older PyTorch has
-# no such count.
+# References that Python does not see, such as another parameter's gradient. Not in every PyTorch.
 _use_count: Callable[[Tensor], int] = getattr(Tensor, "_use_count", sys.getrefcount)
 
 

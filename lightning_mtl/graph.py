@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
@@ -48,3 +49,17 @@ def leads_to(node: Any, all_of: set[Any]) -> bool:
         missing.discard(node)
         todo += [following for following, _ in node.next_functions]
     return not missing
+
+
+def compiled(roots: Iterable[Any]) -> bool:
+    """Whether a part behind these nodes was compiled: it gives zeros where there is no path."""
+    todo, seen = list(roots), set()
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        if node.name() == "CompiledFunctionBackward":
+            return True
+        seen.add(node)
+        todo += [following for following, _ in node.next_functions]
+    return False

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from lightning_mtl import inner
 from lightning_mtl.balancer import Columns
-from lightning_mtl.flat import Line, as_grad, places, real, views
+from lightning_mtl.flat import Line, as_grad, check_device, places, real, views, wide
 from lightning_mtl.heads import HeadGradients, refuse_sparse, summed_heads
 from lightning_mtl.losses import TaskLosses
-from lightning_mtl.reach import Reach, from_graph, on_any_rank
+from lightning_mtl.reach import Reach, from_graph, on_any_rank, paths
 from lightning_mtl.state import Shards
 from lightning_mtl.storage import Memory, allocate, combine, narrow
 from lightning_mtl.strategies import OneProcess
@@ -84,6 +84,7 @@ class TaskGradients:
         self._reached = [False] * len(self.shared or ())
         self._met: list[Collection[str]] | None = None  # heads that each task reached on any rank
         self._apart: list[Tensor] = []
+        self._roots: dict[int, Any] = {}  # of the graphs of this step, by task
         self._sent = []
 
     def set_aside(self) -> None:
@@ -109,7 +110,10 @@ class TaskGradients:
         if self._met is None and not self.ranks.alone:
             self.agree()
         heads = [h.keys() for h in self.heads.by_task] if self._met is None else self._met
-        self.reach.note(heads, self._order[len(self.shared or ()) :])
+        new = self.reach.new(heads)
+        if new:
+            found = paths(new, self._roots.values(), self.heads.by_task, self.ranks)
+            self.reach.keep(new, found, self._order[len(self.shared or ()) :])
 
     def _find(self, reached: Sequence[Collection[str]], tasks: Collection[int] = ()) -> None:
         self.reach.add(on_any_rank(reached, self._order, self.ranks), tasks)
@@ -155,6 +159,7 @@ class TaskGradients:
             self.add_to_row(task, grads[:split])
             grads = grads[split:]
         if heads:
+            self._roots[task] = loss.grad_fn
             self.heads.add(task, self._order[split:], grads)
         self._written[task] |= shared
 
@@ -162,6 +167,7 @@ class TaskGradients:
         """Add the head gradients of ``loss``; returns those of ``others``. Keeps the graph."""
         assert self.shared is not None
         heads = self._inputs[len(self.shared) :]
+        self._roots[task] = loss.grad_fn
         grads = torch.autograd.grad(loss, [*others, *heads], retain_graph=True, allow_unused=True)
         self.heads.add(task, self._order[len(self.shared) :], grads[len(others) :])
         return list(grads[: len(others)])
@@ -291,21 +297,12 @@ class TaskGradients:
         chosen = [real(self._leaf(self.parameters[name])) for name in shared]
         self._any_complex = any(self.parameters[name].is_complex() for name in shared)
         self._columns = Columns(tuple(shared), tuple(p.numel() for p in chosen))
-        devices = {p.device for p in chosen}
-        if len(devices) > 1:
-            raise ValueError(
-                f"Expected the shared parameters on one device but found them on "
-                f"{sorted(map(str, devices))}. Keep the shared trunk on one device, or return the "
-                f"part on one from `shared_parameters()`."
-            )
+        check_device(chosen)
         self.shared = shared
         names = set(shared)
         self._order = shared + [name for name in self.parameters if name not in names]
         self._inputs = [self.parameters[name] for name in self._order]
-        dtype = torch.float32
-        for p in chosen:
-            dtype = torch.promote_types(dtype, p.dtype)
-        self._like = (chosen[0] if chosen else torch.zeros(0)).new_empty(0, dtype=dtype)
+        self._like = (chosen or [torch.zeros(0)])[0].new_empty(0, dtype=wide(chosen))
         self._places = places(chosen)
         self._new_rows()
         self._reached = [any(name in heads for heads in self.heads.by_task) for name in shared]
@@ -386,6 +383,7 @@ class TaskGradients:
         for name, grad in found.items():
             self.parameters[name].grad = self._grad(self.parameters[name], grad)
         self.heads.begin()
+        self._roots = {}
 
     def _sum_heads(self, found: dict[str, Tensor]) -> dict[str, Tensor]:
         """Head gradients summed over ranks, for every parameter that any of them reached."""

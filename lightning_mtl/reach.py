@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_mtl.graph import reachable
+from lightning_mtl.graph import compiled, reachable
 from lightning_mtl.losses import TaskLosses
 from lightning_mtl.strategies.one_process import OneProcess
 
@@ -31,6 +31,7 @@ class Reach:
         self.late: list[str] = []
         self.layer: list[str] | None = None
         self.apart: set[int] = set()
+        self._zero: list[set[str]] = [set() for _ in range(num_tasks)]  # see `keep`
 
     @property
     def complete(self) -> bool:
@@ -71,22 +72,35 @@ class Reach:
         met = [found for t, found in known if found is not None and t not in without]
         return [n for n in names if all(n in found for found in met)]
 
-    def note(self, heads: Sequence[Collection[str]], outside: Sequence[str]) -> None:
-        """Look for parameters that a task reaches for the first time.
+    def new(self, heads: Sequence[Collection[str]]) -> list[tuple[int, str]]:
+        """Tasks and parameters that they reach for the first time.
 
-        A set difference a task, since it is done in every step.
+        One comparison of sets a task, since it is asked in every step.
 
         Args:
             heads: names outside the rows that each task reaches in this step.
-            outside: all of these names, in their order.
         """
-        first = False
-        for found, names in zip(self.by_task, heads, strict=True):
+        first: list[tuple[int, str]] = []
+        for t, (found, names) in enumerate(zip(self.by_task, heads, strict=True)):
             if found is not None and not found.issuperset(names):
-                found.update(names)
-                first = True
-        if first:
-            self.late = self.shared(outside)
+                first += [(t, n) for n in names if n not in found and n not in self._zero[t]]
+        return sorted(first)
+
+    def keep(
+        self, first: Sequence[tuple[int, str]], real: Sequence[bool], outside: Sequence[str]
+    ) -> None:
+        """Note what :meth:`new` found, and whether it makes parameters shared.
+
+        Args:
+            first: tasks and names.
+            real: whether that is a path, or a zero that a compiled graph gives in its place, which
+                is looked at once.
+            outside: all names outside the rows, in their order.
+        """
+        for (t, name), path in zip(first, real, strict=True):
+            found = self.by_task[t]
+            (found if path and found is not None else self._zero[t]).add(name)
+        self.late = self.shared(outside)
 
     def state(self, order: Sequence[str]) -> dict[str, Any]:
         """As plain containers: for each name a number, with a bit a task that reaches it."""
@@ -123,6 +137,28 @@ def from_graph(losses: TaskLosses, parameters: Mapping[str, Tensor], num: int) -
     for t, loss in pairs + losses.left_out:
         reached[t] = {names[i] for i in reachable(loss) if i in names}
     return reached
+
+
+def paths(
+    new: Sequence[tuple[int, str]],
+    roots: Iterable[Any],
+    heads: Sequence[Mapping[str, Tensor]],
+    ranks: OneProcess,
+) -> list[bool]:
+    """Whether gradients come from paths, and are no zeros that compiled graphs give without one.
+
+    Args:
+        new: tasks and names of parameters.
+        roots: of the graphs of the losses.
+        heads: gradients by name, of each task.
+        ranks: which have the same ``new``, and the same network.
+    """
+    if not compiled(roots):
+        return [True] * len(new)
+    grads = [heads[t].get(name) for t, name in new]
+    flags = torch.tensor([g is not None and bool(g.any()) for g in grads])
+    flags = ranks.max_(flags.to(ranks.device, torch.uint8))
+    return [bool(flag) for flag in flags.tolist()]
 
 
 def on_any_rank(

@@ -130,6 +130,10 @@ def _is_ours(name: str, value: Any) -> bool:
         return value is None or (
             isinstance(value, tuple) and all(isinstance(task, str) for task in value)
         )
+    if name == "names_from_batch":
+        return isinstance(value, bool)
+    if name == "_unbalanced":
+        return isinstance(value, frozenset)
     if name == "_flow":
         return value is None or isinstance(value, Flow)
     return name == "_evaluation" and isinstance(value, Evaluation)

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_mtl.flat import real
+from lightning_mtl.flat import real, wide
 
 Memory = Literal["full", "bf16", "host", "blocks"]
 """``"full"``: on the device, in float32 or wider. ``"bf16"``: on the device, in half the memory.
@@ -36,9 +36,8 @@ def allocate(number: int, width: int, memory: Memory, like: Tensor, dtype: torch
 
 def narrow(before: Tensor | None, number: int, tensors: Sequence[Tensor]) -> Tensor:
     """Rows as wide as all of ``tensors``, in at least float32: those of before where they fit."""
-    tensors, dtype = [real(t.detach()) for t in tensors], torch.float32
-    for tensor in tensors:
-        dtype = torch.promote_types(dtype, tensor.dtype)
+    tensors = [real(t.detach()) for t in tensors]
+    dtype = wide(tensors)
     shape, device = (number, sum(t.numel() for t in tensors)), tensors[0].device
     same = before is not None and before.shape == shape
     if before is not None and same and (before.dtype, before.device) == (dtype, device):

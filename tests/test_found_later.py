@@ -187,3 +187,30 @@ def test_behind_a_representation_it_is_said_once() -> None:
     assert message.startswith(f"{list(LATE)} turned out")
     assert "Name them in `shared_parameters()`" in message
     assert not same(parameters(module)[LATE[0]], parameters(Marked())[LATE[0]])
+
+
+@pytest.mark.parametrize("balancer", [Watched, DualBalance])
+def test_zeros_of_a_compiled_graph_are_no_paths(balancer: Any) -> None:
+    """They stand where a task does not reach a head; a layer that is reached later still shows."""
+
+    class Compiled(Skipping):
+        def strengths(self, batch_idx: int) -> dict[str, float | None]:
+            return dict.fromkeys("ab", None if batch_idx < 2 else 1.0)
+
+        def task_losses(self, batch: Any, batch_idx: int) -> Any:
+            if not hasattr(self, "compiled"):
+                self.compiled = [torch.compile(self.predictions, backend="aot_eager")]
+            x, targets = batch
+            found = self.compiled[0](x, batch_idx > 1)
+            return {t: nn.functional.mse_loss(found[t], y) for t, y in targets.items()}
+
+        def predictions(self, x: Tensor, more: bool) -> dict[str, Tensor]:
+            z = self.net.trunk(x).tanh()
+            z = z + self.net.heads["skipped"](z).tanh() if more else z
+            return {t: self.net.heads[f"head_{t}"](z).squeeze(-1) for t in "ab"}
+
+    module = Compiled()
+    fitted(module, batches(6), [balancer()])
+    assert module._flow is not None
+    names = module._flow.state_dict()["shared"]
+    assert [n for n in names if "trunk" not in n] == list(LATE)
