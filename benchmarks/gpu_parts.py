@@ -63,7 +63,7 @@ def parts(device: str) -> dict[str, float]:
     """Every part in its order, and the most seconds it may take."""
     every = {name: budget for of in (TESTS, NETWORKS) for name, (budget, _) in of.items()}
     # A machine with few processors may be busy with other things: seconds say little there.
-    return every if device == "cuda" else {n: 150.0 for n in every if n.startswith(TRIED)}
+    return every if device == "cuda" else {n: 600.0 for n in every if n.startswith(TRIED)}
 
 
 def run_part(name: str, results: Results, device: str, seconds: float) -> None:

@@ -29,8 +29,9 @@ def allocate(number: int, width: int, memory: Memory, like: Tensor, dtype: torch
     """
     if memory == "bf16":
         return torch.zeros(number, width, dtype=torch.bfloat16, device=like.device)
-    if memory == "host" and like.device.type == "cuda":
-        return torch.zeros(number, width, dtype=dtype, pin_memory=True)
+    if memory == "host" and like.device.type != "cpu":
+        pinned = like.device.type == "cuda"  # which then needs no copy of its own on the way
+        return torch.zeros(number, width, dtype=dtype, pin_memory=pinned)
     return torch.zeros(number, width, dtype=dtype, device=like.device)
 
 

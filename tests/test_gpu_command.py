@@ -64,7 +64,7 @@ def gpu(folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.slow
 def test_all_of_it_on_the_processor(tmp_path: Path) -> None:
     out = tmp_path / "results.json"
-    run = gpu(tmp_path, "--device", "cpu", "--out", str(out))
+    run = gpu(tmp_path, "--device", "cpu", "--minutes", "40", "--out", str(out))
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
     found = json.loads(out.read_text())
     assert {part["state"] for part in found["parts"].values()} == {"done"}
