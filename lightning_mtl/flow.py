@@ -29,6 +29,7 @@ from lightning_mtl.losses import TaskLosses, check_task_names, check_total, read
 from lightning_mtl.perturbed import Perturbing
 from lightning_mtl.probe import check_behind
 from lightning_mtl.record import StepRecord
+from lightning_mtl.saved import entry, names_in
 from lightning_mtl.stages import attached_balancers, check_tasks, learns, needs_all_rows, same_tasks
 from lightning_mtl.stepping import (
     listened,
@@ -401,9 +402,13 @@ class Flow:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue with the saved layout; refuses other tasks."""
-        if not self.module.task_names and state["declared"]:
-            self.module._declare(tuple(state["declared"]))
-        saved, tasks = state["tasks"], list(self.module.training_tasks)
+        declared = names_in(state, "declared", "the run")
+        saved = names_in(state, "tasks", "the run")
+        first_done = entry(state, "first_done", bool, "the run")
+        uneven = entry(state, "uneven", bool, "the run")
+        if not self.module.task_names and declared:
+            self.module._declare(tuple(declared))
+        tasks = list(self.module.training_tasks)
         if tasks and saved and saved != tasks:
             raise ValueError(
                 f"Expected a checkpoint of the tasks {tasks} but this one was trained on {saved}. "
@@ -411,5 +416,4 @@ class Flow:
                 f"use `load_from_checkpoint` and `fit` without `ckpt_path`."
             )
         self.layout.load_state_dict(state)
-        self._first_done = state["first_done"]
-        self._uneven = state["uneven"]
+        self._first_done, self._uneven = first_done, uneven

@@ -13,6 +13,7 @@ from lightning_mtl.balancer import GradientBalancer
 from lightning_mtl.flat import real
 from lightning_mtl.jacobian import TaskGradients
 from lightning_mtl.reach import Reach
+from lightning_mtl.saved import entry, names_in, unreadable
 from lightning_mtl.strategies import OneProcess
 from lightning_mtl.strategies.fsdp2 import ShardedParameters, check_sharded
 from lightning_mtl.strategies.sharded import ShardedGradients
@@ -177,9 +178,17 @@ class Layout:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue with the saved names."""
+        for name in ("shared", "trainable"):
+            if entry(state, name, (list, type(None)), "the run") is not None:
+                names_in(state, name, "the run")
         self.saved, self._saved_trainable = state["shared"], state["trainable"]
         keys = ("reached", "met", "layer", "outside")
         if all(key in state for key in keys):  # else it is one of an older version
+            for name, kind in (("reached", int), ("met", bool), ("outside", int)):
+                if not all(type(value) is kind for value in entry(state, name, list, "the run")):
+                    raise unreadable("the run", f"other things than {kind.__name__} in '{name}'")
+            if entry(state, "layer", (list, type(None)), "the run") is not None:
+                names_in(state, "layer", "the run")
             self._restored = {key: state[key] for key in keys}
         elif self.saved is not None:
             self._given = True

@@ -21,6 +21,7 @@ from lightning_mtl.losses import check_task_names, known_tasks
 from lightning_mtl.measuring import Measuring, default_step, with_delta_p
 from lightning_mtl.record import StepRecord
 from lightning_mtl.reserved import assigned, check_class
+from lightning_mtl.saved import entry
 from lightning_mtl.storage import Memory
 from lightning_mtl.supported import check_trainer, own_step
 from lightning_mtl.task import Task
@@ -300,7 +301,7 @@ class MultiTaskModule(LightningModule):
         """Refuse to resume from other tasks while no weight is loaded yet; call ``super()`` too."""
         state = checkpoint.get("callbacks", {}).get(TrainerFlags.__name__)
         if self._flow is not None and state and self.trainer.state.fn == TrainerFn.FITTING:
-            self._flow.load_state_dict(state["flow"])
+            self._flow.load_state_dict(entry(state, "flow", dict, "the run"))
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
         """One micro-batch, and a balanced optimiser step after the last one of a group.

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from lightning_mtl.saved import unreadable
 from lightning_mtl.strategies import OneProcess
 
 
@@ -27,14 +28,21 @@ def get_rng(device: torch.device) -> dict[str, Any]:
 
 
 def set_rng(state: dict[str, Any]) -> None:
-    """Restore what :func:`get_rng` saved."""
-    torch.set_rng_state(state["torch"])
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
+    """Restore what :func:`get_rng` saved.
+
+    Raises:
+        ValueError: it was altered.
+    """
+    try:
+        torch.set_rng_state(state["torch"])
+        version, internal, gauss = state["python"]
+        random.setstate((version, tuple(internal), gauss))
+        kind, keys, *rest = state["numpy"]
+        np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+        if "cuda" in state and torch.cuda.is_available():
+            torch.cuda.set_rng_state(state["cuda"])
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise unreadable("the run", f"no random state as 'rng' ({error!r})") from error
 
 
 def rng_of(saved: list[dict[str, Any]], ranks: OneProcess) -> dict[str, Any] | None:

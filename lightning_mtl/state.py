@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, Protocol
@@ -12,7 +13,10 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
+from lightning_mtl.saved import entry, unreadable
+
 _NONE: dict[str, Any] = {}
+_OF_A_RUN = ("sum_shards", "_told_by")  # they hold its buffers
 
 
 class Shards(Protocol):
@@ -58,6 +62,11 @@ class Stateful(Callback):
             vars(self)["_nested"] = {**self.nested(), name: value}
         elif name in self.nested():
             vars(self)["_nested"] = {k: b for k, b in self.nested().items() if k != name}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles leave the buffers of a running fit behind."""
+        kept = {name: value for name, value in vars(self).items() if name not in _OF_A_RUN}
+        return {**kept, "representation": None} if "representation" in kept else kept
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Give each process tensors of its own: ``ddp_spawn`` sends them in shared memory."""
@@ -263,7 +272,7 @@ class Stateful(Callback):
                 setattr(self, name, self._whole(name))
             self._divided.clear()
         self.shards = None
-        for name in ("sum_shards", "_told_by"):  # they hold the buffers of the run
+        for name in _OF_A_RUN:
             vars(self).pop(name, None)
         for nested in self.nested().values():
             nested.unshard()
@@ -292,11 +301,18 @@ class Stateful(Callback):
 
     def not_finite(self) -> list[str]:
         """Names of the states, nested balancers included, that hold a number that is not finite."""
-        own = [name for name in self._defaults if not _finite(getattr(self, name))]
+        defaults = self._defaults.items()
+        own = [name for name, default in defaults if not _finite(getattr(self, name), default)]
         return own + [found for b in self.nested().values() for found in b.not_finite()]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what was saved; a changed hyperparameter is reported, its new value kept."""
+        """Restore what was saved; a changed hyperparameter is reported, its new value kept.
+
+        Raises:
+            ValueError: the checkpoint was altered, is of another version, or holds numbers that
+                are not finite; nothing was changed.
+        """
+        self._check_saved(state_dict)
         for name, now in self.hyperparameters().items():
             before = state_dict["hyperparameters"].get(name, now)
             if before != now:
@@ -305,29 +321,43 @@ class Stateful(Callback):
                     f"`{name}={now}`; its state is kept. Pass `{name}={before}` to continue the "
                     f"saved run."
                 )
-        unknown = set(state_dict["state"]) ^ set(self._defaults)
-        if unknown:
-            raise ValueError(
-                f"{type(self).__name__} expected the states {sorted(self._defaults)} but the "
-                f"checkpoint holds {sorted(state_dict['state'])}. It was written by another "
-                f"version: resume with that one."
-            )
-        spoilt = [n for n, v in state_dict["state"].items() if not _finite(v)]
-        if spoilt:
-            raise ValueError(
-                f"Expected finite numbers in the saved state of {type(self).__name__} but "
-                f"{spoilt} holds some that are not: every step from here on would too. Resume from "
-                f"an earlier checkpoint, or load the weights alone, with `load_from_checkpoint`."
-            )
         for name, value in state_dict["state"].items():
             setattr(self, name, _copy(value))
         self._divided.clear()
         self._generator = None
-        if state_dict.get("generator") is not None:
-            self._generator = torch.Generator()
-            self._generator.set_state(state_dict["generator"].cpu())
+        if state_dict["generator"] is not None:
+            self._generator = _generator(state_dict["generator"], type(self).__name__)
         for name, nested in self.nested().items():
             nested.load_state_dict(state_dict["nested"][name])
+
+    def _check_saved(self, saved: Any) -> None:
+        """Refuse a state that was altered or is not finite, wrapped balancers included."""
+        owner = type(self).__name__
+        entry(saved, "hyperparameters", Mapping, owner)
+        state = entry(saved, "state", Mapping, owner)
+        if set(state) != set(self._defaults):
+            raise ValueError(
+                f"{owner} expected the states {sorted(self._defaults)} but the checkpoint holds "
+                f"{sorted(map(str, state))}. It was written by another version: resume with that "
+                f"one."
+            )
+        for name, value in state.items():
+            default = self._defaults[name]
+            if not _like(value, default, name in self._per_task):
+                raise unreadable(owner, f"{_described(value)} as state `{name}`")
+        spoilt = [n for n, v in state.items() if not _finite(v, self._defaults[n])]
+        if spoilt:
+            raise ValueError(
+                f"Expected finite numbers in the saved state of {owner} but {spoilt} holds some "
+                f"that are not: every step from here on would too. Resume from an earlier "
+                f"checkpoint, or load the weights alone, with `load_from_checkpoint`."
+            )
+        seeded = entry(saved, "generator", (Tensor, type(None)), owner)
+        if seeded is not None:
+            _generator(seeded, owner)
+        inside = entry(saved, "nested", Mapping, owner)
+        for name, nested in self.nested().items():
+            nested._check_saved(entry(inside, name, Mapping, owner))
 
 
 def _plain(value: Any) -> bool:
@@ -338,9 +368,46 @@ def _plain(value: Any) -> bool:
     return isinstance(value, (bool, int, float, str, type(None)))
 
 
-def _finite(value: Any) -> bool:
-    floats = isinstance(value, Tensor) and value.is_floating_point()
-    return not floats or bool(value.isfinite().all())
+def _finite(value: Any, default: Any = 0.0) -> bool:
+    """Whether the numbers in a state are finite; infinity is fine where it is the first value."""
+    if isinstance(value, Mapping):
+        return all(_finite(v) for v in value.values())
+    if isinstance(value, (list, tuple)):
+        return all(_finite(v) for v in value)
+    if isinstance(value, float):
+        value = torch.tensor(value)
+    if not isinstance(value, Tensor) or not (value.is_floating_point() or value.is_complex()):
+        return True
+    first = torch.as_tensor(default) if isinstance(default, (float, Tensor)) else torch.zeros(())
+    if first.isinf().any():  # "none yet"
+        return not bool(value.isnan().any())
+    return bool(value.isfinite().all())
+
+
+def _like(value: Any, default: Any, per_task: bool) -> bool:
+    """Whether a saved state is of the kind that was declared."""
+    if per_task:
+        return value is None or isinstance(value, Tensor)
+    if isinstance(default, Tensor):
+        return isinstance(value, Tensor) and value.shape == default.shape
+    if isinstance(default, (bool, int, float)):
+        return isinstance(value, (bool, int, float, Tensor))
+    return default is None or isinstance(value, (type(default), type(None)))
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    return f"a {type(value).__name__}"
+
+
+def _generator(state: Tensor, owner: str) -> torch.Generator:
+    found = torch.Generator()
+    try:
+        found.set_state(state.cpu())
+    except (RuntimeError, TypeError) as error:
+        raise unreadable(owner, "no state of a generator as 'generator'") from error
+    return found
 
 
 def _copy(value: Any) -> Any:

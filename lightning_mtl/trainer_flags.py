@@ -25,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lightning_mtl.compiled import compile_losses
 from lightning_mtl.flow import Flow
 from lightning_mtl.resume import get_rng, restore_loader, rng_of, set_rng, sync_progress
+from lightning_mtl.saved import entry
 from lightning_mtl.supported import check_optimizers, explain_folder, watch_own_steps
 
 if TYPE_CHECKING:
@@ -48,6 +49,11 @@ class TrainerFlags(Callback):
         self._schedulers: list[Any] | None = None
         self._rng: dict[str, Any] | None = None
         self._watching: list[Any] = []  # hooks of the optimizers
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles leave the running fit behind, and with it the Trainer's loaders."""
+        running = {"flow": None, "_schedulers": None, "_watching": []}
+        return {**vars(self), **running}
 
     # ------------------------------------------------------------ set-up
 
@@ -172,5 +178,5 @@ class TrainerFlags(Callback):
         """Restore what :meth:`state_dict` saved."""
         fitting = self.module.trainer.state.fn == TrainerFn.FITTING
         if self.flow is not None and state_dict and fitting:  # not validation that loads
-            self.flow.load_state_dict(state_dict["flow"])
-            self._rng = rng_of(state_dict["rng"], self.flow.ranks)
+            self.flow.load_state_dict(entry(state_dict, "flow", dict, "the run"))
+            self._rng = rng_of(entry(state_dict, "rng", list, "the run"), self.flow.ranks)
