@@ -129,10 +129,12 @@ def test_every_entry_of_ours_in_turn(saved: Any) -> None:
                 path = changed(saved[kind], place, value)
                 module = Balanced()
                 run = trainer(callbacks=make(kind), max_epochs=2, limit_train_batches=1)
+                message = ""
                 try:
                     run.fit(module, loader(16), ckpt_path=path)
                 except ValueError as error:
-                    assert str(error).startswith("Expected") or "expected the states" in str(error)
+                    message = str(error)
+                assert not message or message.startswith("Expected") or "the states" in message
 
 
 def _places(value: Any, place: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
@@ -249,7 +251,7 @@ class Copies(Balanced):
 
 
 def by_pickle(value: Any) -> Any:
-    return pickle.loads(pickle.dumps(value))  # noqa: S301 # what was written here
+    return pickle.loads(pickle.dumps(value))  # what was written here
 
 
 @pytest.mark.parametrize("how", [copy.deepcopy, by_pickle])
@@ -272,7 +274,9 @@ def test_copies_in_a_fit(how: Any, callbacks: Any) -> None:
     assert torch.equal(weights(module), weights(reference))
     copied, each, together = module.copies
     assert copied._flow is None
-    assert [type(c) for c in each] == [type(c) for c in together] == [type(c) for c in run.callbacks]
+    assert (
+        [type(c) for c in each] == [type(c) for c in together] == [type(c) for c in run.callbacks]
+    )
     for original, found in zip(callbacks(), each, strict=False):
         if isinstance(original, Balancer):
             found.load_state_dict(found.state_dict())
