@@ -80,8 +80,8 @@ def assigned(module: MultiTaskModule, name: str, value: Any) -> Any:
     if name == _SWITCH:
         rank_zero_warn(
             f"`automatic_optimization = {value}` of {whose} has no effect: MultiTaskModule runs "
-            f"the backward passes and the steps itself, whatever is set. Remove it; a module with its "
-            f"own manual optimisation stays a LightningModule."
+            f"the backward passes and the steps itself, whatever is set. Remove it; a module "
+            f"with its own manual optimisation stays a LightningModule."
         )
         return module.automatic_optimization
     if name in _METHODS:
