@@ -28,15 +28,16 @@ from importlib.metadata import Distribution, PackageNotFoundError
 
 find_spec, from_name = PathFinder.find_spec, Distribution.from_name
 
-def absent_module(name, path=None, target=None):
-    return None if name.split(".")[0] in {ABSENT!r} else find_spec(name, path, target)
+class AbsentModule:  # no function, which pytest would make a method of
+    def __call__(self, name, path=None, target=None):
+        return None if name.split(".")[0] in {ABSENT!r} else find_spec(name, path, target)
 
 def absent_distribution(name):
     if name.replace("-", "_") in {ABSENT!r}:
         raise PackageNotFoundError(name)
     return from_name(name)
 
-PathFinder.find_spec, Distribution.from_name = absent_module, absent_distribution
+PathFinder.find_spec, Distribution.from_name = AbsentModule(), absent_distribution
 
 def connect(self, address):
     if self.family != socket.AF_UNIX and address[0] not in ("127.0.0.1", "::1", "localhost"):
