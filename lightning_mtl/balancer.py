@@ -114,11 +114,6 @@ class Balancer(Stateful):
         for nested in self.nested().values():
             nested.update(losses, after)
 
-    def left_out(self) -> None:
-        """Undo what was drawn for a step that is left out after all; wrapped balancers do too."""
-        for nested in self.nested().values():
-            nested.left_out()
-
 
 class LossBalancer(Balancer):
     r"""First stage: a weight for every task loss, :math:`\omega = f(\ell)`.

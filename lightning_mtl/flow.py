@@ -262,8 +262,6 @@ class Flow:
             if not group.overflow and losses_due(trainer):
                 log_losses(self.module, self.record())
         elif stepping:
-            for balancer in self.balancers:
-                balancer.left_out()
             self._idle.left_out(group, self.module.training_tasks)
         if group.dropped and not self._told:
             self._told = True

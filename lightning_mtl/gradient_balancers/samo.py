@@ -136,7 +136,6 @@ class SAMO(GradientBalancer):
         self.radius = in_range(self, "radius", radius, open_low=True)
         self.seed = seed
         self.add_generator(seed)
-        self._before: Tensor | None = None
 
     @property
     def gramian_weighted(self) -> bool:
@@ -153,15 +152,8 @@ class SAMO(GradientBalancer):
         Returns:
             Shape ``(T, P)`` in the dtype and on the device of ``like``; the same on every rank.
         """
-        self._before = self.generator.get_state()
         drawn = torch.randn(count, len(like), dtype=torch.float32, generator=self.generator)
         return (self.radius * drawn).to(like)
-
-    def left_out(self) -> None:
-        """Draw the same probes again."""
-        super().left_out()
-        if self._before is not None:
-            self.generator.set_state(self._before)
 
     def perturbations(self, average: Tensor, local: Tensor) -> Tensor:
         r"""See :func:`samo_perturbations`, for the shared tensors of the run.

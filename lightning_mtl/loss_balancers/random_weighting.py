@@ -59,7 +59,6 @@ class RandomWeighting(LossBalancer):
         self.scale: Scale = one_of(self, "scale", scale, get_args(Scale))
         self.seed = seed
         self.add_generator(seed)
-        self._before: Tensor | None = None
 
     def loss_weights(self, losses: Tensor) -> Tensor:
         """New weights, see :func:`random_weights`.
@@ -70,12 +69,5 @@ class RandomWeighting(LossBalancer):
         Returns:
             Weights of the shape, dtype and device of ``losses``.
         """
-        self._before = self.generator.get_state()
         z = torch.randn(len(losses), generator=self.generator, dtype=torch.float32, device="cpu")
         return rescaled(random_weights(z), self.scale, "mean").to(losses)
-
-    def left_out(self) -> None:
-        """Draw the same numbers again."""
-        super().left_out()
-        if self._before is not None:
-            self.generator.set_state(self._before)
