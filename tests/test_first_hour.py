@@ -155,7 +155,7 @@ def test_losses_without_an_index(make: Any, callbacks: Any) -> None:
     found, expected = make(lambda a, b: {"a": a, "b": b}), Own(lambda a, b: {"a": a, "b": b})
     for module in (found, expected):
         run = trainer(callbacks=[c() for c in callbacks])
-        run.fit(module, loader(8), loader(4))
+        run.fit(module, loader(8))
     assert torch.equal(weights(found), weights(expected))
     if make is not Variadic:  # a module that calls its own, as it has written it
         assert found.task_losses((torch.zeros(1, 4), {"a": torch.zeros(1), "b": torch.zeros(1)}))
