@@ -145,6 +145,7 @@ def test_what_the_names_are_for_works() -> None:
     module = Balanced()
     for name in _ARGUMENTS:
         value = {"on_bad_loss": "skip_step", "gradient_memory": "bf16", "gradient_blocks": 2}
+        value["max_skipped_steps"] = 3
         setattr(module, name, value.get(name, ["b"] if name == "active_tasks" else True))
     assert module.active_tasks == ("b",)
     assert (module.on_bad_loss, module.gradient_blocks) == ("skip_step", 2)
