@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence, Set
 from typing import TYPE_CHECKING, Any, get_args
 
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_mtl.arguments import one_of, whole
@@ -53,9 +52,7 @@ _OWN = {
     "_evaluation": "validates and tests",
     "_flow": "trains",
 }
-# Lightning's, which the flow sets: what a user sets has no effect.
-_SWITCH = "automatic_optimization"
-RESERVED = frozenset([*_ARGUMENTS, *_METHODS, *_OWN, _SWITCH])
+RESERVED = frozenset([*_ARGUMENTS, *_METHODS, *_OWN])
 
 
 def assigned(module: MultiTaskModule, name: str, value: Any) -> Any:
@@ -77,13 +74,6 @@ def assigned(module: MultiTaskModule, name: str, value: Any) -> Any:
         )
     if name in _ARGUMENTS:
         return _argument(module, name, value)
-    if name == _SWITCH:
-        rank_zero_warn(
-            f"`automatic_optimization = {value}` of {whose} has no effect: MultiTaskModule runs "
-            f"the backward passes and the steps itself, whatever is set. Remove it; a module "
-            f"with its own manual optimisation stays a LightningModule."
-        )
-        return module.automatic_optimization
     if name in _METHODS:
         if callable(value) and not isinstance(value, (nn.Module, Tensor)):
             return with_index(value, whose, bound=True) if name == "task_losses" else value
@@ -174,8 +164,7 @@ def check_class(cls: type, foreign: list[type]) -> None:
                 what = "is an argument of the constructor"
             else:
                 cure = _rename(name)
-                switch = "is the flow's to set" if name == _SWITCH else ""
-                what = _OWN.get(name) or switch or f"has to be a method, which {_METHODS.get(name)}"
+                what = _OWN.get(name) or f"has to be a method, which {_METHODS.get(name)}"
             if owner is not cls:
                 cure += (
                     f" If {owner.__name__} is not yours, hold such a module in an attribute "
