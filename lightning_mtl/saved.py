@@ -34,7 +34,7 @@ def names_in(saved: Any, name: str, owner: str) -> list[str]:
     Raises:
         ValueError: it is none.
     """
-    found = entry(saved, name, list, owner)
+    found: list[str] = entry(saved, name, list, owner)
     if not all(isinstance(item, str) for item in found):
         raise unreadable(owner, f"other things than names in '{name}'")
     return found

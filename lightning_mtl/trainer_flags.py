@@ -52,7 +52,7 @@ class TrainerFlags(Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles leave the running fit behind, and with it the Trainer's loaders."""
-        running = {"flow": None, "_schedulers": None, "_watching": []}
+        running: dict[str, Any] = {"flow": None, "_schedulers": None, "_watching": []}
         return {**vars(self), **running}
 
     # ------------------------------------------------------------ set-up
