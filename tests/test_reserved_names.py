@@ -44,6 +44,7 @@ def test_the_list_holds_what_the_base_class_adds() -> None:
     assert own | given | {"_tasks"} == RESERVED
     replaced = {n for n in vars(MultiTaskModule) if n in inherited and not n.startswith("__")}
     checks = {"register_buffer", "register_parameter", "add_module", "training_step"}
+    checks |= {"manual_backward"}
     assert replaced - {"_abc_impl"} == {*_INSTEAD, *_BOTH} | checks
 
 
