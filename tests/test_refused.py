@@ -142,13 +142,13 @@ def test_tuner(tmp_path: Any, tune: str) -> None:
 
 
 def test_lbfgs() -> None:
-    module = Tunable(configure=lambda m: torch.optim.LBFGS(m.parameters()))
     message = (
         r"^LBFGS is not supported with Tunable: it evaluates the losses several times a step, .* "
         r"Use a first-order optimizer such as SGD or AdamW"
     )
     for balancer in (MinNorm, LogLoss):
-        refuses(lambda b=balancer: trainer(callbacks=[b()]).fit(module), module, message)
+        module = Tunable(configure=lambda m: torch.optim.LBFGS(m.parameters()))
+        refuses(lambda b=balancer, m=module: trainer(callbacks=[b()]).fit(m), module, message)
 
 
 def test_overridden_training_step() -> None:
