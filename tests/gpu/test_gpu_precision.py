@@ -125,4 +125,4 @@ def test_gramians_are_no_half_precision(device: str) -> None:
             return super().weights(gramian, losses)
 
     fit(Balanced(), loader(), device, Looks(), precision="bf16-mixed", max_steps=3)
-    assert dtypes == {torch.float32}
+    assert min(dtype.itemsize for dtype in dtypes) >= 4
