@@ -18,8 +18,8 @@ _OPAQUE = (*_ATOMS, nn.Module, type, types.ModuleType, types.FunctionType, types
 def copied(value: Any, memo: dict[int, Any] | None = None) -> Any:
     """Containers of a batch anew, at any depth, with the same tensors in them.
 
-    Dicts, lists, tuples, sets, dataclasses and other objects with attributes or slots; arrays of numpy are
-    copied. An object that says how it is copied (``__copy__``, as those of PyG) is asked.
+    Dicts, lists, tuples, sets, dataclasses and other objects with attributes or slots; arrays of
+    numpy are copied. An object that says how it is copied (``__copy__``, as those of PyG) is asked.
     """
     memo = {} if memo is None else memo
     if isinstance(value, (Tensor, *_OPAQUE)):

@@ -70,7 +70,7 @@ class Derived(Slotted):
 class Private:
     """One slot, whose name Python makes longer."""
 
-    __slots__ = "__inside"
+    __slots__ = ("__inside",)
 
     def __init__(self, inside: Any) -> None:
         self.__inside = inside
@@ -200,7 +200,7 @@ def test_a_tensor_that_is_changed_in_place_is_refused(balancer: str, nested: boo
 
 def test_a_tensor_in_a_slot_that_is_changed_in_place_is_refused() -> None:
     module = Model(lambda b: (b.x.mul_(2), b.y))
-    with pytest.raises(ValueError, match=r'but \["batch\.x"\] was changed in place'):
+    with pytest.raises(ValueError, match=r"but \['batch\.x'\] was changed in place"):
         trainer(callbacks=[FAMO()]).fit(module, data(Slotted))
 
 
