@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import types
 from collections.abc import Iterator, Mapping, MutableMapping
 from typing import Any
@@ -19,8 +18,8 @@ _OPAQUE = (*_ATOMS, nn.Module, type, types.ModuleType, types.FunctionType, types
 def copied(value: Any, memo: dict[int, Any] | None = None) -> Any:
     """Containers of a batch anew, at any depth, with the same tensors in them.
 
-    Dicts, lists, tuples, sets, dataclasses and other objects with attributes; arrays of numpy are
-    copied. An object that says how it is copied (``__copy__``, as those of PyG) is asked.
+    Dicts, lists, tuples, sets, dataclasses and other objects with attributes or slots; arrays of
+    numpy are copied. An object that says how it is copied (``__copy__``, as those of PyG) is asked.
     """
     memo = {} if memo is None else memo
     if isinstance(value, (Tensor, *_OPAQUE)):
@@ -41,9 +40,22 @@ def copied(value: Any, memo: dict[int, Any] | None = None) -> Any:
     elif isinstance(new, list):
         new[:] = [copied(item, memo) for item in new]
     elif not hasattr(type(value), "__copy__"):
-        for name, item in list(getattr(new, "__dict__", {}).items()):
+        for name, item in _attributes(new).items():
             object.__setattr__(new, name, copied(item, memo))
     return new
+
+
+def _attributes(value: Any) -> dict[str, Any]:
+    """Attributes of an object by name, also those in slots (``dataclass(slots=True)``)."""
+    found = {}
+    for base in type(value).__mro__:
+        slots = vars(base).get("__slots__", ())
+        for name in (slots,) if isinstance(slots, str) else slots:
+            if name.startswith("__") and not name.endswith("__"):
+                name = f"_{base.__name__.lstrip('_')}{name}"  # as Python stores private names
+            if name not in ("__dict__", "__weakref__") and hasattr(value, name):
+                found[name] = getattr(value, name)
+    return {**found, **getattr(value, "__dict__", {})}
 
 
 def _shallow(value: Any) -> Any:
@@ -84,9 +96,7 @@ def places(value: Any, tensors: list[Tensor], where: str = "batch", depth: int =
     elif isinstance(value, (list, tuple)):
         inside = [(f"{where}[{i}]", item) for i, item in enumerate(value)]
     else:
-        inside = [
-            (f"{where}.{name}", item) for name, item in getattr(value, "__dict__", {}).items()
-        ]
+        inside = [(f"{where}.{name}", item) for name, item in _attributes(value).items()]
     return [place for name, item in inside for place in places(item, tensors, name, depth + 1)]
 
 
@@ -104,6 +114,6 @@ def _leaves(value: Any, seen: set[int] | None = None) -> Iterator[Any]:
     elif isinstance(value, (list, tuple, set, frozenset)):
         for item in value:
             yield from _leaves(item, seen)
-    elif dataclasses.is_dataclass(value) or hasattr(value, "__dict__"):
-        for item in list(vars(value).values()):
+    else:
+        for item in _attributes(value).values():
             yield from _leaves(item, seen)

@@ -51,6 +51,34 @@ class Record:
     y: Any
 
 
+@dataclasses.dataclass(slots=True)
+class Slotted:
+    """As the molecules of chemprop: no `__dict__`."""
+
+    x: Any
+    y: Any
+
+
+class Derived(Slotted):
+    """Slots of a base, attributes of its own."""
+
+    def __init__(self, x: Any, y: Any) -> None:
+        super().__init__(x, {})
+        self.labels = y
+
+
+class Private:
+    """One slot, whose name Python makes longer."""
+
+    __slots__ = ("__inside",)
+
+    def __init__(self, inside: Any) -> None:
+        self.__inside = inside
+
+    def shown(self) -> Any:
+        return self.__inside
+
+
 class Slots:
     """As the batches of graph libraries: attributes, and a way of its own to be copied."""
 
@@ -86,11 +114,19 @@ WAYS: dict[str, tuple[Any, Any]] = {
     "list": (lambda x, y: [x, y], lambda b: (b.pop(0) * 2, dict(b.pop()))),
     "nested": (lambda x, y: ([{"x": x}], [y]), lambda b: (b[0].pop()["x"] * 2, b[1].pop())),
     "dataclass": (Record, lambda b: (b.__dict__.pop("x") * 2, {t: b.y.pop(t) for t in "ab"})),
+    "slots": (Slotted, lambda b: (_taken(b, "x") * 2, {t: b.y.pop(t) for t in "ab"})),
+    "slots of a base": (Derived, lambda b: (_taken(b, "x") * 2, _taken(b, "labels"))),
     "named tuple": (Pair, lambda b: (b.x * 2, {t: b.y.pop(t) for t in "ab"})),
     "own copy": (Slots, lambda b: (b.pop("x") * 2, b.pop("y"))),
     "object": (Plain, lambda b: (b.x.pop() * 2, b.y.pop("y"))),
     "replaced": (lambda x, y: {"x": x, "y": y}, lambda b: (_replace(b), b["y"])),
 }
+
+
+def _taken(batch: Any, name: str) -> Any:
+    value = getattr(batch, name)
+    delattr(batch, name)
+    return value
 
 
 def _replace(batch: dict[str, Any]) -> Tensor:
@@ -160,6 +196,12 @@ def test_a_tensor_that_is_changed_in_place_is_refused(balancer: str, nested: boo
     with pytest.raises(ValueError, match=message):
         trainer(callbacks=[BALANCERS[balancer]()]).fit(module, data(WAYS["pop"][0]))
     assert torch.equal(weights(module), before)
+
+
+def test_a_tensor_in_a_slot_that_is_changed_in_place_is_refused() -> None:
+    module = Model(lambda b: (b.x.mul_(2), b.y))
+    with pytest.raises(ValueError, match=r"but \['batch\.x'\] was changed in place"):
+        trainer(callbacks=[FAMO()]).fit(module, data(Slotted))
 
 
 def test_without_such_a_balancer_it_may_be_changed() -> None:
@@ -266,6 +308,10 @@ def test_what_is_copied() -> None:
     assert copied(packed).data is packed.data
     assert iterator_in({"a": [1, (x, zip([1], strict=True))]}) == "zip"
     assert iterator_in([range(3), x, "text"]) is None
+    assert iterator_in(Slotted(1, iter([x]))) == "list_iterator"
+    secret = copied(Private(shared))
+    assert secret.shown() is not shared
+    assert secret.shown()[0] is x
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert copied(torch.Size([2])) == torch.Size([2])
