@@ -186,7 +186,8 @@ class Layout:
         if all(key in state for key in keys):  # else it is one of an older version
             for name, kind in (("reached", int), ("met", bool), ("outside", int)):
                 if not all(type(value) is kind for value in entry(state, name, list, "the run")):
-                    raise unreadable("the run", f"other things than {kind.__name__} in '{name}'")
+                    words = "numbers" if kind is int else "yes or no"
+                    raise unreadable("the run", f"other things than {words} in '{name}'")
             if entry(state, "layer", (list, type(None)), "the run") is not None:
                 names_in(state, "layer", "the run")
             self._restored = {key: state[key] for key in keys}

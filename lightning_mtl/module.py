@@ -121,7 +121,7 @@ class MultiTaskModule(LightningModule):
     __jit_ignored_attributes__ = ("_tasks",)
     __jit_unused_properties__ = [  # noqa: RUF012 # as in LightningModule, a list
         *LightningModule.__jit_unused_properties__,
-        *("tasks", "task_names", "active_tasks", "training_tasks", "last_step"),
+        *("tasks", "task_names", "active_tasks", "training_tasks", "unbalanced_tasks", "last_step"),
     ]
 
     def __init__(

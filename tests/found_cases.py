@@ -24,8 +24,9 @@ BALANCERS: dict[str, Any] = {
 class Late(MultiTaskModule):
     """A layer outside the module, and one that rank 0 takes for ``a`` and rank 1 for ``b``."""
 
-    def __init__(self, rank: int, world: int, **kwargs: Any) -> None:
+    def __init__(self, rank: int, world: int, counted: bool, **kwargs: Any) -> None:
         super().__init__(tasks=("a", "b"), **kwargs)
+        self.counted = counted
         torch.manual_seed(1)
         self.trunk, self.late = nn.Linear(4, 6), nn.Linear(6, 6)
         self.heads = nn.ModuleList([nn.Linear(6, 1), nn.Linear(6, 1)])
@@ -44,7 +45,8 @@ class Late(MultiTaskModule):
                 continue  # from batch 2 on, a rank has the labels of one task
             here = rows if batch_idx > 1 else slice(None)
             inner = z[here] + self.late(z[here]).tanh() if batch_idx > 1 else z[here]
-            losses[task] = (self.heads[t](inner).squeeze(-1) - y[here] * (-1) ** t).square().mean()
+            loss = (self.heads[t](inner).squeeze(-1) - y[here] * (-1) ** t).square().mean()
+            losses[task] = (loss, len(inner)) if self.counted else loss
         return losses
 
     def configure_optimizers(self) -> Any:
@@ -66,7 +68,8 @@ def batches(rank: int, world: int) -> Batched:
 def fit(rank: int, world: int, name: str, sharded: bool, rule: str) -> dict[str, Any]:
     """A fit of six batches."""
     balancers = BALANCERS[name]()
-    module = Late(rank, world, shard_gradients=sharded, on_bad_loss=rule)
+    # Without a balancer a task that a rank has not is a zero loss, unless labels are counted.
+    module = Late(rank, world, name == "none", shard_gradients=sharded, on_bad_loss=rule)
     strategy: Any = DDPStrategy() if world > 1 else "auto"
     flags = {"devices": world, "strategy": strategy, "use_distributed_sampler": False}
     run = trainer(callbacks=balancers, **flags)

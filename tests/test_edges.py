@@ -215,7 +215,7 @@ def test_a_gradient_balancer_on_a_checkpoint_without_one_finds_what_is_shared(
     module = with_block(Balanced)
     with pytest.warns(UserWarning, match="cannot save its position"):
         later.fit(module, without_b, **resume_from(tmp_path / "equal.ckpt"))
-    assert module._flow.state_dict()["met"][1] is None
+    assert module._flow.state_dict()["met"][1] is False
     assert len(module.last_step.gradient_weights) == 2
 
 

@@ -45,7 +45,7 @@ class Named(Towers):
 
 
 class Apart(Towers):
-    """No layer is reached by all: ``b`` has an encoder of its own."""
+    """No layer is reached by all: ``kd`` shares one encoder with ``a``, another with ``b``."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,7 +54,8 @@ class Apart(Towers):
     def task_losses(self, batch: Any, batch_idx: int) -> Any:
         x, y = batch
         two = self.h2(self.other(x)).squeeze(-1)
-        return {**super().task_losses(batch, batch_idx), "b": (two + y).square().mean()}
+        losses = super().task_losses(batch, batch_idx)
+        return {**losses, "kd": losses["kd"] + two.square().mean(), "b": (two + y).square().mean()}
 
 
 class Late(Towers):

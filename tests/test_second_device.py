@@ -15,7 +15,8 @@ from tests.second_device import AVAILABLE, CASES
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.skipif(not AVAILABLE, reason="this torch has no devices in Python")
-# One transfer to the host a step, which holds for the methods that people use most.
+# One transfer to the host a step, which holds for the methods that people use most; a second one
+# where a method gives a direction, which is looked at before it is written.
 ONCE = ("none", "LogLoss", "MinNorm", "DualBalance", "CAGrad", "NashMTL", "UPGrad")
 
 
@@ -48,4 +49,5 @@ def test_trains_as_on_the_processor(found: Any, case: str) -> None:
     "case", [c for c in CASES if c.startswith("full|1") and c.split("|")[2].split("(")[0] in ONCE]
 )
 def test_one_transfer_a_step(found: Any, case: str) -> None:
-    assert found[case]["crossed"]["to host"] == 1, found[case]["crossed"]
+    number = 2 if "DualBalance" in case else 1
+    assert found[case]["crossed"]["to host"] == number, found[case]["crossed"]

@@ -58,6 +58,7 @@ def cagrad_weights(
         ValueError: ``gramian`` is not square.
 
     Example:
+        >>> import torch
         >>> cagrad_weights(torch.tensor([[1.0, 0.0], [0.0, 4.0]]), c=0.5, rescale=0)
         tensor([1.0590, 0.5000])
     """

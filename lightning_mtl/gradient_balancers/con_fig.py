@@ -42,6 +42,7 @@ def config_weights(
         ValueError: ``gramian`` is not square.
 
     Example:
+        >>> import torch
         >>> config_weights(torch.tensor([[1.0, 0.0], [0.0, 9.0]]))
         tensor([2.0000, 0.6667])
     """

@@ -34,7 +34,7 @@ def excess_risks(jacobian: Tensor, squares: Tensor, units: Sequence[float] | Non
     Example:
         >>> rows = torch.tensor([[3.0, 4.0], [0.0, 2.0]])
         >>> excess_risks(rows, rows**2)
-        tensor([7., 2.])
+        tensor([7., 2.], dtype=torch.float64)
     """
     risks = []
     for t, (row, square) in enumerate(zip(jacobian, squares, strict=True)):

@@ -30,6 +30,7 @@ def fair_grad_weights(gramian: Tensor, alpha: float = 1.0) -> Tensor:
         ValueError: ``gramian`` is not square.
 
     Example:
+        >>> import torch
         >>> fair_grad_weights(torch.tensor([[1.0, 0.0], [0.0, 8.0]]), alpha=2.0)
         tensor([1.0000, 0.2500])
     """

@@ -41,6 +41,7 @@ def imtl_weights(gramian: Tensor, log_scales: Tensor) -> Tensor:
         ValueError: ``gramian`` is not square.
 
     Example:
+        >>> import torch
         >>> imtl_weights(torch.tensor([[1.0, 0.0], [0.0, 9.0]]), torch.zeros(2))
         tensor([0.7500, 0.2500])
     """

@@ -31,6 +31,7 @@ def imtlg_weights(gramian: Tensor) -> Tensor:
         ValueError: ``gramian`` is not square.
 
     Example:
+        >>> import torch
         >>> imtlg_weights(torch.tensor([[1.0, 0.0], [0.0, 9.0]]))
         tensor([0.7500, 0.2500])
     """

@@ -34,6 +34,7 @@ def nash_mtl_weights(gramian: Tensor, preference: Sequence[float] | None = None)
         ValueError: ``gramian`` is not square.
 
     Example:
+        >>> import torch
         >>> nash_mtl_weights(torch.tensor([[1.0, 0.0], [0.0, 4.0]]))
         tensor([1.0000, 0.5000])
     """

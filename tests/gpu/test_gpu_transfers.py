@@ -24,7 +24,9 @@ BALANCERS: dict[str, Any] = {
     "DualBalance": lambda: [DualBalance()],
     "NashMTL": lambda: [NashMTL()],
 }
-balancers = pytest.mark.parametrize("make", BALANCERS.values(), ids=BALANCERS)
+# A direction is looked at before it is written: one transfer more.
+NUMBER = {name: 2.0 if name == "DualBalance" else 1.0 for name in BALANCERS}
+balancers = pytest.mark.parametrize("name", BALANCERS)
 
 
 class Window(Callback):
@@ -55,25 +57,25 @@ def watched(device: str, context: Any, steps: int, *callbacks: Any, **options: A
 
 
 @balancers
-def test_one_transfer_a_step_in_the_trace(device: str, make: Any) -> None:
+def test_one_transfer_a_step_in_the_trace(device: str, name: str) -> None:
     with traced(device):  # the profiler's own start
         torch.ones(4, device=device).sum().item()
-    few, more = (watched(device, traced(device), n, *make()) for n in (FEW, MORE))
+    few, more = (watched(device, traced(device), n, *BALANCERS[name]()) for n in (FEW, MORE))
     found = each(few, more, MORE - FEW)
     if device == "cpu":  # where nothing has to be copied or launched
         assert set(found.values()) == {0.0}
         return
     assert found["launches"] > 0, "the profiler sees no kernels: CUPTI may not be there"
-    assert found["to host"] == 1.0, found
+    assert found["to host"] == NUMBER[name], found
     # What goes to the device waits for nothing but itself, and not for the network.
-    assert found["waits"] <= 1.0 + found["to device"], found
+    assert found["waits"] <= NUMBER[name] + found["to device"], found
 
 
 @balancers
-def test_one_transfer_a_step_by_operations(device: str, make: Any) -> None:
-    few, more = (watched(device, Copies(), n, *make()) for n in (FEW, MORE))
+def test_one_transfer_a_step_by_operations(device: str, name: str) -> None:
+    few, more = (watched(device, Copies(), n, *BALANCERS[name]()) for n in (FEW, MORE))
     number = (len(more.to_host) - len(few.to_host)) / (MORE - FEW)
-    assert number == (0.0 if device == "cpu" else 1.0), more.to_host
+    assert number == (0.0 if device == "cpu" else NUMBER[name]), more.to_host
 
 
 def test_nothing_is_looked_at_where_nobody_asks(cuda: str) -> None:
