@@ -1,7 +1,8 @@
 """Fail when a balanced step has become dearer: the check that ``make ci`` runs.
 
 Two figures, each a ratio to plain training in the same run. The time is that of the processor, and
-of each way its fastest round counts: both hardly change on a busy machine. Beside it stands what
+of each way its fastest round counts: both hardly change on a busy machine, and a ratio above its
+limit is measured again, up to three times, before it counts. Beside it stands what
 does not depend on the machine: how many numbers the operations of a step write, so that a copy of
 J, or one that is allocated in each step, shows even where it takes little time.
 
@@ -39,6 +40,7 @@ TINY, WIDE, WRITTEN = "tiny MLP, T=2", "MLP 0.9M, T=3", "numbers written, T=3"
 # Few samples and many weights: what is written is J and what is made from it.
 COPIES = Model(WRITTEN, 3, square(256, 4), (2, 256))
 ROUND = 0.05  # seconds of a way
+ATTEMPTS = 4  # a neighbour on the same machine can slow one way for seconds
 
 # In brackets the ratios of runs on x86-64 machines of two cores with one thread: two with torch
 # 2.15, the second beside two processes that kept both cores busy, and one on another processor with
@@ -55,8 +57,9 @@ LIMITS: dict[tuple[str, str], float] = {
     (WIDE, DUAL): 3.35,  # [2.58, 2.55, 2.71]
     (WRITTEN, ENGINE): 2.60,  # [2.49]: T rows from autograd, T in J, one direction, the optimiser
     (WRITTEN, NONE): 1.32,  # [1.25]: the look for numbers that are not finite
-    (WRITTEN, MINNORM): 2.60,  # [2.49]
-    (WRITTEN, DUAL): 5.45,  # [5.20]
+    # Rows made float64 for inner products and norms, a block at a time: 0.75 of these.
+    (WRITTEN, MINNORM): 3.40,  # [3.23]
+    (WRITTEN, DUAL): 6.25,  # [5.95]
 }
 
 
@@ -95,13 +98,21 @@ def written(way: Way, model: Model) -> int:
 
 
 def times(model: Model, rounds: int) -> dict[str, float]:
-    """Ratios of the fastest rounds."""
-    model = dataclasses.replace(model, clock=time.process_time)
-    measured = interleaved(model, {name: way for name, (way, _) in WAYS.items()}, rounds, ROUND)
-    if measured.reasons:
-        raise RuntimeError(f"Expected every way to work but found {measured.reasons}.")
-    least = {name: min(seconds) for name, seconds in measured.seconds.items()}
-    return {name: least[name] / least[base] for name, (_, base) in WAYS.items()}
+    """Ratios of the fastest rounds; measured again while one is above its limit."""
+    clocked = dataclasses.replace(model, clock=time.process_time)
+    ways = {name: way for name, (way, _) in WAYS.items()}
+    ratios: dict[str, float] = {}
+    for _ in range(ATTEMPTS):
+        measured = interleaved(clocked, ways, rounds, ROUND)
+        if measured.reasons:
+            raise RuntimeError(f"Expected every way to work but found {measured.reasons}.")
+        least = {name: min(seconds) for name, seconds in measured.seconds.items()}
+        found = {name: least[name] / least[base] for name, (_, base) in WAYS.items()}
+        ratios = {name: min(ratio, ratios.get(name, ratio)) for name, ratio in found.items()}
+        limits = {name: LIMITS.get((model.name, name), ratio) for name, ratio in ratios.items()}
+        if all(ratio <= limits[name] for name, ratio in ratios.items()):
+            break
+    return ratios
 
 
 def main() -> int:

@@ -13,7 +13,6 @@ from torch import Tensor
 from lightning_mtl.bad import NotFiniteError
 from lightning_mtl.balancer import Balancer, GradientBalancer, LossBalancer
 from lightning_mtl.estimate import estimated
-from lightning_mtl.host import non_finite
 from lightning_mtl.jacobian import TaskGradients
 from lightning_mtl.loss_balancers import EqualWeighting
 from lightning_mtl.probe import Probe
@@ -277,6 +276,14 @@ def _within_range(weights: Tensor | None, gramian: Tensor | None, dtype: torch.d
     return bool(longest < 0.5 * torch.finfo(dtype).max)
 
 
+def _not_finite(vector: Tensor) -> Tensor:
+    """NaN if a number of the vector is not finite, else zero; writes no copy of it."""
+    if not vector.numel():
+        return vector.new_zeros(())
+    low, high = vector.aminmax()
+    return low * 0 + high * 0
+
+
 def _check_direction(
     direction: Tensor, gradients: TaskGradients | Probe, balancer: Balancer
 ) -> None:
@@ -285,7 +292,7 @@ def _check_direction(
     Raises:
         NotFiniteError: a number in it is not.
     """
-    if gradients.sum_shards(non_finite([direction])).item():
+    if gradients.sum_shards(_not_finite(direction)).item():
         raise NotFiniteError(
             f"Expected a finite direction from {type(balancer).__name__} for "
             f"{list(balancer.tasks)} but found one that is not, though every loss and gradient is. "

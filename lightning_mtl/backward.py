@@ -327,7 +327,7 @@ class Backward:
             if group.late:
                 values = dict(zip(present, losses.tolist(), strict=True))
                 bad |= bad_losses(values, tasks, self.limit, on_bad_loss=rule, step=step)
-            squared = jacobian.dtype == torch.float64
+            squared = gramian is not None and jacobian.dtype == torch.float64
             bad |= bad_gradients(sizes, group.counts, tasks, squared, on_bad_loss=rule, step=step)
             for t in bad:
                 gradients.drop(t)
@@ -382,7 +382,7 @@ class Backward:
         if not (weighted or group.observed or checks):
             return None, None, losses
         sums = weighted or group.observed
-        table = gradients.gramian(jacobian) if sums else gradients.norms(jacobian)
+        table = gradients.gramian(jacobian) if sums else gradients.sizes(jacobian)
         if not checks:
             table, losses = to_host(table, losses)
             self._turn_up(table.diagonal() if sums else table)

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-_NUMBERS = 196_608  # at a time, on the CPU: 1.5 MB in float64
+_NUMBERS = 131_072  # at a time, on the CPU: 1 MB in float64
 _DEVICE_NUMBERS = 1 << 23  # on another device, where starting a kernel costs more than memory
 _COLUMNS = 4096  # a block of a batched product, so that a device works on many at once
 
@@ -53,11 +53,25 @@ def along(rows: Tensor, vector: Tensor) -> Tensor:
 
 def norms(rows: Tensor) -> Tensor:
     """Euclidean norms of rows, shape ``(T,)``, float64."""
-    found = [torch.linalg.vector_norm(_wide(rows, columns), dim=1) for columns in _parts(rows)]
-    total: Tensor = (
-        found[0] if len(found) == 1 else torch.linalg.vector_norm(torch.stack(found), dim=0)
-    )
-    return total
+    if rows.numel() <= _NUMBERS or rows.device.type != "cpu":
+        parts = [torch.linalg.vector_norm(_wide(rows, c), dim=1) for c in _parts(rows)]
+        total: Tensor = parts[0]
+        return total if len(parts) == 1 else torch.linalg.vector_norm(torch.stack(parts), dim=0)
+    return torch.stack([_square(row) for row in rows]).sqrt()  # a third of the time of the above
+
+
+def largest(rows: Tensor) -> Tensor:
+    """The largest absolute value of each row, shape ``(T,)``, float64.
+
+    In one read of the rows; not finite where a number is not, and zero for rows of zeros alone.
+    """
+    if not rows.numel():
+        return rows.new_zeros(len(rows), dtype=torch.float64)
+    if rows.device.type == "cpu":  # where rows together take ten times as long as one by one
+        pairs = torch.stack([torch.stack(row.aminmax()) for row in rows], dim=1)
+    else:
+        pairs = torch.stack(rows.aminmax(dim=1))
+    return pairs.to(torch.float64).abs().amax(0)
 
 
 def in_blocks(first: Tensor, second: Tensor) -> Tensor:
@@ -82,6 +96,13 @@ def _parts(rows: Tensor) -> Iterator[slice | None]:
         return
     for start in range(0, width, step):
         yield slice(start, start + step)
+
+
+def _square(row: Tensor) -> Tensor:
+    """Square of the norm of one long row."""
+    wide = (part.to(torch.float64) for part in row.split(_NUMBERS))
+    total: Tensor = torch.stack([torch.dot(part, part) for part in wide]).sum()
+    return total
 
 
 def _wide(rows: Tensor, columns: slice | None) -> Tensor:

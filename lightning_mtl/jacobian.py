@@ -275,9 +275,9 @@ class TaskGradients:
         """How columns are divided over processes; ``None`` when each has all of them."""
         return None
 
-    def norms(self, rows: Tensor) -> Tensor:
-        """Norms of rows, complete over all columns, float64."""
-        return inner.norms(rows)
+    def sizes(self, rows: Tensor) -> Tensor:
+        """Not finite for rows that are not, zero for rows of zeros; over all columns, float64."""
+        return inner.largest(rows)
 
     def _close(self) -> Tensor:
         if self.shared is None:

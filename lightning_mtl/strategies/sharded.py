@@ -81,9 +81,9 @@ class ShardedGradients(TaskGradients):
         """Itself."""
         return self
 
-    def norms(self, rows: Tensor) -> Tensor:
-        """Norms of rows, complete over all columns."""
-        return self.ranks.sum_(super().norms(rows).square()).sqrt()
+    def sizes(self, rows: Tensor) -> Tensor:
+        """Sizes of rows, complete over all columns."""
+        return self.ranks.sum_(super().sizes(rows))
 
     def combine(self, weights: Tensor) -> Tensor:
         """This process's part of the direction, shape ``(m,)``."""
