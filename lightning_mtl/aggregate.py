@@ -138,7 +138,7 @@ def aggregate(
                     head_weights = _product(scale, _among(own, part, gradient_balancer, exact))
             every_column = False
             direction = gradients.combine(of_all(combined, rows, len(tasks), losses))
-            if look and not _within_range(combined, gramian, losses.dtype):
+            if look and not _within_range(combined, gramian):
                 _check_direction(direction, gradients, gradient_balancer or loss_balancer)
             alignment = gradients.along(jacobian, direction) if observed else None
             if alignment is not None:
@@ -263,17 +263,17 @@ def checked(weights: Tensor, balancer: Balancer, losses: Tensor, *, look: bool =
     return weights if same else weights.to(losses)
 
 
-def _within_range(weights: Tensor | None, gramian: Tensor | None, dtype: torch.dtype) -> bool:
-    """Whether finite rows with these weights cannot leave the range of ``dtype``.
+def _within_range(weights: Tensor | None, gramian: Tensor | None) -> bool:
+    """Whether finite rows with these weights cannot leave the range of float32.
 
     On the host, from the norms of the rows: the direction itself need not be waited for.
     """
     if gramian is None or gramian.device.type != "cpu":
         return False
     squares: list[float] = gramian.diagonal().tolist()  # plain numbers: this is in every step
-    sizes = [1.0] * len(squares) if weights is None else weights.tolist()
+    sizes: list[float] = [1.0] * len(squares) if weights is None else weights.tolist()
     longest = sum(abs(w) * math.sqrt(max(s, 0.0)) for w, s in zip(sizes, squares, strict=True))
-    return bool(longest < 0.5 * torch.finfo(dtype).max)
+    return longest < 1e38
 
 
 def _not_finite(vector: Tensor) -> Tensor:
