@@ -66,6 +66,10 @@ class Balancer(Stateful):
         """Refuse a module that would never call the balancer; hide hooks with nothing to do."""
         from lightning_mtl.module import MultiTaskModule
 
+        from lightning_mtl.supported import other_trainer
+
+        if wrong := other_trainer(trainer):
+            raise TypeError(wrong)
         if stage == "fit" and not isinstance(pl_module, MultiTaskModule):
             raise TypeError(
                 f"Expected {type(self).__name__} beside a MultiTaskModule but found "

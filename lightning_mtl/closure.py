@@ -134,7 +134,7 @@ class Closure:
         """Loss and gradients with the parameters of now, by Lightning's own forward pass."""
         flow = self.flow
         flow.closure, manual = self, flow.module.automatic_optimization
-        flow.module.automatic_optimization = False  # for `manual_backward`
+        flow.module._automatic_optimization = False  # for `manual_backward`
         told = flow.backward._summed, flow.backward._record
         try:
             with torch.enable_grad():
@@ -142,7 +142,7 @@ class Closure:
                     flow.trainer, "training_step", self.batch, self.batch_idx
                 )
         finally:
-            flow.closure, flow.module.automatic_optimization = None, manual
+            flow.closure, flow.module._automatic_optimization = None, manual
             # The record of a step tells of its start.
             flow.backward._summed, flow.backward._record = told
         return loss

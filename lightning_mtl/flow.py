@@ -30,7 +30,14 @@ from lightning_mtl.perturbed import Perturbing
 from lightning_mtl.probe import check_behind
 from lightning_mtl.record import StepRecord
 from lightning_mtl.saved import entry, names_in
-from lightning_mtl.stages import attached_balancers, check_tasks, learns, needs_all_rows, same_tasks
+from lightning_mtl.stages import (
+    attached_balancers,
+    check_tasks,
+    learns,
+    needs_all_rows,
+    same_tasks,
+    warn_of_one_task,
+)
 from lightning_mtl.stepping import (
     listened,
     log_losses,
@@ -106,7 +113,7 @@ class Flow:
             # Inside a compiled graph no path would lead from the representation to the losses.
             self.mark = torch.compiler.disable(self.mark)  # type: ignore[method-assign]
         if module.task_names:
-            check_tasks(self.balancers, module.task_names)
+            self._check_tasks()
         check_batches(trainer, self.gradient_balancer)
         self._every = trainer.accumulate_grad_batches
 
@@ -116,6 +123,9 @@ class Flow:
         """One micro-batch, and a balanced optimiser step after the last one of a group."""
         if self.closure is not None:
             return self.closure.run(batch, batch_idx)
+        if self.module.automatic_optimization:
+            # Lightning searches for a learning rate or a batch size, without our callback.
+            return self.read_losses(batch, batch_idx).total()
         if batch_idx == 0 or not self._heard:
             self._heard = True
             self.backward.hooks = listened(self.trainer, self.module)
@@ -137,7 +147,7 @@ class Flow:
             if total is not None and self.trainer.accumulate_grad_batches > 1:
                 total = total / self.trainer.accumulate_grad_batches  # as Lightning gives it hooks
         if not self.module.automatic_optimization:
-            self.module.automatic_optimization = True  # trainer_flags.py says why
+            self.module._automatic_optimization = True  # trainer_flags.py says why
         return total
 
     def _discovery(self) -> AbstractContextManager[Any]:
@@ -206,7 +216,13 @@ class Flow:
         if names:
             check_total(losses)
             self.module._declare(check_task_names(names))
-            check_tasks(self.balancers, self.module.task_names)
+            self._check_tasks()
+
+    def _check_tasks(self) -> None:
+        module = self.module
+        check_tasks(self.balancers, module.task_names)
+        balanced = [t for t in module.training_tasks if t not in module.unbalanced_tasks]
+        warn_of_one_task(self.gradient_balancer, balanced)
 
     def _train(self, losses: TaskLosses, batch: Any, batch_idx: int, seen: Seen | None) -> None:
         trainer = self.trainer
@@ -231,7 +247,7 @@ class Flow:
             total = run_or_leave_out(self.backward, losses, group, stepping=stepping)
         self._uneven |= group.uneven
         if stepping and not group.skip:
-            self.module.automatic_optimization = True
+            self.module._automatic_optimization = True
             if self._lonely is not None and self._lonely.over(group.present()):
                 self._lonely = None
             loss = None if total is None else total.detach()

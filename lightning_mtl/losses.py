@@ -207,11 +207,23 @@ def read_losses(
         if lockstep:
             _check_lockstep(read, bad, active, ranks, lockstep)
     if bad:
-        pairs = zip(read.tasks, values, strict=True)
-        found: dict[str, Any] = {active[t]: v for t, v in pairs if t in bad}
-        found |= {active[t]: "bad on another rank" for t in bad if active[t] not in found}
-        _drop_bad(read, bad, found, limit, on_bad_loss, step)
+        if on_bad_loss == "raise":
+            pairs = zip(read.tasks, values, strict=True)
+            own = {active[t]: v for t, v in pairs if not usable(v, limit)}
+            raise bad_loss(_everywhere(own, ranks), limit, step)
+        _drop_bad(read, bad, on_bad_loss)
     return read
+
+
+def _everywhere(own: dict[str, float], ranks: OneProcess) -> dict[str, Any]:
+    """The bad losses of all ranks, by task: with several, which rank has them."""
+    if ranks.alone:
+        return own
+    found: dict[str, list[str]] = {}
+    for rank, values in enumerate(ranks.gather(own)):
+        for task, value in values.items():
+            found.setdefault(task, []).append(f"{value} on rank {rank}")
+    return {task: ", ".join(values) for task, values in found.items()}
 
 
 def _read(
@@ -368,16 +380,7 @@ def _raise_together(wrong: Exception | None, ranks: OneProcess) -> None:
     raise ValueError(f"Rank {rank} cannot use what its `task_losses` returned: {told[rank]}")
 
 
-def _drop_bad(
-    read: TaskLosses,
-    bad: set[int],
-    found: dict[str, Any],
-    limit: Limit | None,
-    on_bad_loss: OnBadLoss,
-    step: int,
-) -> None:
-    if on_bad_loss == "raise":
-        raise bad_loss(found, limit, step)
+def _drop_bad(read: TaskLosses, bad: set[int], on_bad_loss: OnBadLoss) -> None:
     read.dropped, read.bad = True, bad
     if on_bad_loss == "skip_step":
         read.skip = True

@@ -23,7 +23,7 @@ from lightning_mtl.record import StepRecord
 from lightning_mtl.reserved import RESERVED, assigned, check_class
 from lightning_mtl.saved import entry
 from lightning_mtl.storage import Memory
-from lightning_mtl.supported import check_trainer, own_step
+from lightning_mtl.supported import check_trainer, own_step, refuse_other_package
 from lightning_mtl.task import Task
 from lightning_mtl.trainer_flags import TrainerFlags
 
@@ -43,7 +43,7 @@ def _with_flags(
             others = [c for c in self.trainer.callbacks if not isinstance(c, Measuring)]  # type: ignore[attr-defined]
             self.trainer.callbacks = [Measuring(self), *others]  # type: ignore[attr-defined]
         # From here until `setup`, Lightning validates flags that suit automatic optimisation.
-        self.automatic_optimization = True
+        self._automatic_optimization = True
         if type(self).validation_step is MultiTaskModule.validation_step:
             warnings.filterwarnings(
                 "ignore", message="You defined a `validation_step` but have no `val_dataloader`"
@@ -59,7 +59,7 @@ def _with_skip(on_train_batch_start: Callable[..., Any]) -> Callable[..., Any]:
     def started(self: MultiTaskModule, *args: Any, **kwargs: Any) -> Any:
         result = on_train_batch_start(self, *args, **kwargs)
         if result == -1:  # no batch follows that would end the manual phase
-            self.automatic_optimization = True
+            self._automatic_optimization = True
         return result
 
     started.ends_phase = True  # type: ignore[attr-defined]
@@ -146,7 +146,7 @@ class MultiTaskModule(LightningModule):
         self.gradient_memory: Memory = gradient_memory
         self.gradient_blocks = gradient_blocks
         self.max_skipped_steps = max_skipped_steps
-        self.automatic_optimization = False
+        self._automatic_optimization = False
         self.shard_gradients = shard_gradients
         self._declared: tuple[str, ...] | None = None
         self.names_from_batch = False  # whether the first batch named the tasks
@@ -348,6 +348,7 @@ class MultiTaskModule(LightningModule):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Refuse reserved names, keep what other bases define, attach our callback in any case."""
         super().__init_subclass__(**kwargs)
+        refuse_other_package(cls)
         foreign = foreign_bases(cls, MultiTaskModule)
         check_class(cls, foreign)
         adopt(cls, MultiTaskModule, foreign)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lightning_mtl.metrics.gradients import conflict_rate, gradient_cosines, gradient_norms
 from lightning_mtl.record import StepRecord
+from lightning_mtl.supported import other_trainer
 
 
 def step_metrics(record: StepRecord) -> dict[str, float]:
@@ -93,6 +94,8 @@ class GradientMonitor(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse a module that keeps no record of its steps; warn when there is no logger."""
+        if wrong := other_trainer(trainer):
+            raise TypeError(wrong)
         if stage != "fit":
             return
         if not hasattr(pl_module, "last_step"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence, Set
 from typing import TYPE_CHECKING, Any, get_args
 
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_mtl.arguments import one_of, whole
@@ -52,6 +53,8 @@ _OWN = {
     "_evaluation": "validates and tests",
     "_flow": "trains",
 }
+# Lightning's, which the flow sets: what a user sets has no effect.
+_SWITCH = "automatic_optimization"
 RESERVED = frozenset([*_ARGUMENTS, *_METHODS, *_OWN])
 
 
@@ -63,6 +66,9 @@ def assigned(module: MultiTaskModule, name: str, value: Any) -> Any:
         TypeError: anything but a function for a method.
         ValueError: no valid value of an argument.
     """
+    if name == _SWITCH and "_modules" in vars(module):
+        rank_zero_warn(_no_switch(type(module).__name__, value))
+        return module.automatic_optimization
     if name not in RESERVED:
         return value
     whose = type(module).__name__
@@ -87,6 +93,14 @@ def assigned(module: MultiTaskModule, name: str, value: Any) -> Any:
             f"{type(value).__name__}: it {_OWN[name]}. {_rename(name)}"
         )
     return value
+
+
+def _no_switch(whose: str, value: Any) -> str:
+    return (
+        f"`automatic_optimization = {value}` of {whose} has no effect: MultiTaskModule runs the "
+        f"backward passes and the steps itself, whatever is set. Remove it; a module with its own "
+        f"manual optimisation stays a LightningModule."
+    )
 
 
 def _argument(module: MultiTaskModule, name: str, value: Any) -> Any:
@@ -154,6 +168,8 @@ def check_class(cls: type, foreign: list[type]) -> None:
         TypeError: it does.
     """
     for owner in (cls, *foreign):
+        if isinstance(value := vars(owner).get(_SWITCH), bool):
+            raise TypeError(_no_switch(owner.__name__, value))
         for name in RESERVED.intersection(vars(owner)):
             found = vars(owner)[name]
             method = callable(found) and not isinstance(found, type)

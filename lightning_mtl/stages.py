@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_mtl.balancer import Balancer, GradientBalancer, LossBalancer
 from lightning_mtl.strategies import OneProcess
@@ -47,6 +48,15 @@ def check_tasks(balancers: Iterable[Balancer | None], tasks: Sequence[str]) -> N
         if check is not None:
             check(tasks)
         check_tasks(balancer.nested().values(), tasks)
+
+
+def warn_of_one_task(balancer: Balancer | None, tasks: Sequence[str]) -> None:
+    """Say that a gradient balancer has nothing to balance."""
+    if balancer is not None and len(tasks) == 1:
+        rank_zero_warn(
+            f"{type(balancer).__name__} has the gradient of '{tasks[0]}' only, and with one task "
+            f"there is nothing to balance. Train without it, or with more `active_tasks`."
+        )
 
 
 def learns(balancer: Balancer) -> bool:

@@ -19,6 +19,11 @@ if TYPE_CHECKING:
     from lightning_mtl.flow import Flow
     from lightning_mtl.module import MultiTaskModule
 
+_PACKAGES = (
+    "`pytorch_lightning` and `lightning.pytorch` are different packages with the same names, and "
+    "lightning_mtl works with `lightning`: import Trainer, LightningModule, callbacks and loggers "
+    "from `lightning.pytorch`."
+)
 _CURES = {
     LearningRateFinder: (
         "it replaces the Trainer's callbacks while it searches, so the balancers would take no "
@@ -54,6 +59,7 @@ def check_trainer(trainer: Trainer, module: MultiTaskModule, callbacks: Sequence
             f"it to `task_losses(self, batch, batch_idx)` and return a dict {{task: loss}} instead "
             f"of their sum."
         )
+    balanced = any(hasattr(c, "needs_jacobian") or hasattr(c, "loss_weights") for c in callbacks)
     for callback in callbacks:
         if isinstance(callback, type):
             # Lightning would call its `on_exception` because of this error, and tell of that only.
@@ -71,7 +77,8 @@ def check_trainer(trainer: Trainer, module: MultiTaskModule, callbacks: Sequence
                 f"different packages."
             )
         for refused, cure in _CURES.items():
-            if isinstance(callback, refused):
+            searches = refused is not BackboneFinetuning
+            if isinstance(callback, refused) and not (searches and not balanced):
                 raise MisconfigurationException(
                     f"{type(callback).__name__} is not supported with {name}: {cure}."
                 )
@@ -142,6 +149,21 @@ def check_optimizers(trainer: Trainer, module: MultiTaskModule) -> None:
                 f"several times a step, and balancing happens once. Use a first-order optimizer "
                 f"such as SGD or AdamW, or no balancer."
             )
+
+
+def refuse_other_package(cls: type) -> None:
+    """Refuse a class that derives from the LightningModule of ``pytorch_lightning`` too."""
+    for base in cls.__mro__:
+        if base.__module__.partition(".")[0] == "pytorch_lightning":
+            raise TypeError(
+                f"{cls.__name__} derives from {base.__module__}.{base.__name__}. {_PACKAGES}"
+            )
+
+
+def other_trainer(trainer: Any) -> str:
+    """What is wrong with a Trainer of ``pytorch_lightning``; empty for one of ``lightning``."""
+    foreign = type(trainer).__module__.partition(".")[0] == "pytorch_lightning"
+    return f"The Trainer is that of `pytorch_lightning`. {_PACKAGES}" if foreign else ""
 
 
 def own_step(found: str) -> MisconfigurationException:

@@ -61,7 +61,7 @@ class TrainerFlags(Callback):
         """Start a flow, which finds the balancers among the callbacks."""
         if pl_module is not self.module:
             return  # another module runs under the same Trainer now
-        self.module.automatic_optimization = False
+        self.module._automatic_optimization = False
         compile_losses(self.module)
         self.module._evaluation.reset(self.module)
         if stage != "predict":
@@ -111,7 +111,7 @@ class TrainerFlags(Callback):
         if self.flow is not None:
             self.flow.layout.capture(trainer.optimizers)
             self._watching = watch_own_steps(trainer, self.flow)
-        self.module.automatic_optimization = True
+        self.module._automatic_optimization = True
 
     def teardown(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         """Free the buffers."""
@@ -153,7 +153,7 @@ class TrainerFlags(Callback):
         if batch_idx == 0:  # every `on_train_epoch_start`, where users unfreeze, has run by now
             assert self.flow is not None
             self.flow.check_frozen()
-        self.module.automatic_optimization = False
+        self.module._automatic_optimization = False
         wrapper = trainer.strategy.model
         if isinstance(wrapper, DistributedDataParallel):
             # Without this, buffers (BatchNorm) are not kept in step after the first batch, since
