@@ -21,7 +21,7 @@ from lightning_mtl.bad import limit_of, run_or_leave_out
 from lightning_mtl.balancer import GradientBalancer, LossBalancer, at_least_float32
 from lightning_mtl.closure import Closure
 from lightning_mtl.group import Group
-from lightning_mtl.idle import Idle
+from lightning_mtl.idle import Idle, draw_again, random_states
 from lightning_mtl.layout import Layout
 from lightning_mtl.lonely import Lonely
 from lightning_mtl.loss_balancers import EqualWeighting
@@ -262,6 +262,7 @@ class Flow:
             if not group.overflow and losses_due(trainer):
                 log_losses(self.module, self.record())
         elif stepping:
+            draw_again(group.drawn)
             self._idle.left_out(group, self.module.training_tasks)
         if group.dropped and not self._told:
             self._told = True
@@ -281,6 +282,7 @@ class Flow:
         if not single:
             self._uneven |= losses.uneven(len(tasks), plain=self.backward.plain)
             rows |= self._uneven or self.loss_balancer.needs_current_losses
+        group.drawn = random_states(self.balancers)
         group.uneven = self._uneven
         group.late = self.late()
         group.representation = self._representation

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_mtl.again import Seen
-from lightning_mtl.balancer import at_least_float32
+from lightning_mtl.balancer import Balancer, at_least_float32
 from lightning_mtl.losses import TaskLosses
 from lightning_mtl.record import StepRecord
 
@@ -46,6 +46,7 @@ class Group:
         dropped: whether a bad loss was left out.
         bad: in how many micro-batches the loss or gradient of a task was bad.
         empty: number of micro-batches without any loss.
+        drawn: random states of the balancers before the step, should it be left out.
         overflow: whether half-precision gradients overflowed, so that the scaler skips the step.
     """
 
@@ -68,6 +69,7 @@ class Group:
     dropped: bool = False
     bad: Counter[int] = field(default_factory=Counter)
     empty: int = 0
+    drawn: list[tuple[Balancer, Tensor | None]] = field(default_factory=list)
     overflow: bool = False
 
     def add(self, losses: TaskLosses) -> None:

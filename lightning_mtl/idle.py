@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+
+from torch import Tensor
 
 from lightning_mtl.bad import OnBadLoss
+from lightning_mtl.balancer import Balancer
 from lightning_mtl.group import Group
 
 
@@ -93,3 +96,24 @@ class Idle:
             cures.append("Train with 'bf16-mixed' or '32-true', or look at the scale of the loss.")
         seen = "; ".join(found) or "each was left out"
         return f"of the last {self._batches} batches {seen}. {' '.join(cures)}"
+
+
+def random_states(balancers: Iterable[Balancer]) -> list[tuple[Balancer, Tensor | None]]:
+    """Where the random numbers of balancers, and of those they wrap, stand; ``None``: not begun."""
+    found: list[tuple[Balancer, Tensor | None]] = []
+    for balancer in balancers:
+        drawn = balancer._generator
+        found.append((balancer, None if drawn is None else drawn.get_state()))
+        nested = balancer.nested()
+        if nested:
+            found += random_states(nested.values())
+    return found
+
+
+def draw_again(before: Iterable[tuple[Balancer, Tensor | None]]) -> None:
+    """Undo what was drawn for a step that is left out after all."""
+    for balancer, state in before:
+        if state is None:
+            balancer._generator = None
+        else:
+            balancer.generator.set_state(state)

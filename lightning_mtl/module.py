@@ -20,7 +20,7 @@ from lightning_mtl.inherit import adopt, check_constructor, foreign_bases, last,
 from lightning_mtl.losses import check_task_names, known_tasks
 from lightning_mtl.measuring import Measuring, default_step, with_delta_p
 from lightning_mtl.record import StepRecord
-from lightning_mtl.reserved import RESERVED, assigned, check_class
+from lightning_mtl.reserved import GUARDED, assigned, check_class
 from lightning_mtl.saved import entry
 from lightning_mtl.storage import Memory
 from lightning_mtl.supported import check_trainer, own_step, refuse_other_package
@@ -316,7 +316,7 @@ class MultiTaskModule(LightningModule):
         if name == "_current_fx_name":  # a string, which Lightning sets around every hook
             object.__setattr__(self, name, value)  # without a look for parameters
         else:
-            super().__setattr__(name, assigned(self, name, value) if name in RESERVED else value)
+            super().__setattr__(name, assigned(self, name, value) if name in GUARDED else value)
 
     def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
         """As in every module, but not under a reserved name."""

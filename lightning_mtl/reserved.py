@@ -56,6 +56,7 @@ _OWN = {
 # Lightning's, which the flow sets: what a user sets has no effect.
 _SWITCH = "automatic_optimization"
 RESERVED = frozenset([*_ARGUMENTS, *_METHODS, *_OWN])
+GUARDED = RESERVED | {_SWITCH}  # what `assigned` has to see
 
 
 def assigned(module: MultiTaskModule, name: str, value: Any) -> Any:

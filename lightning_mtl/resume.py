@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_mtl.saved import unreadable
 from lightning_mtl.strategies import OneProcess
@@ -72,11 +73,22 @@ def sync_progress(trainer: Trainer) -> None:
 def restore_loader(trainer: Trainer) -> None:
     """Put the training loader where it was, or warn that it starts over.
 
+    An ordinary DataLoader begins the next epoch as the run that never stopped did.
+
     Lightning leaves the saved position aside when ``configure_optimizers`` reads
     ``estimated_stepping_batches``, which sets up the loaders before the checkpoint is read.
     """
     loop: Any = trainer.fit_loop
-    if not all(hasattr(loader, "load_state_dict") for loader in loop._combined_loader.flattened):
+    loaders = loop._combined_loader.flattened
+    batches = loop.epoch_loop.batch_progress.current
+    ended = batches.ready == trainer.num_training_batches
+    if trainer.enable_validation:  # which draws too, and is not made up for after a checkpoint
+        ended &= batches.completed == batches.ready
+    if ended and all(map(_draws_from_torch, loaders)):
+        # The next epoch's order and seeds follow from the random state that is back in place:
+        # Lightning drew them before that, when it set up the loaders.
+        iter(loop._data_fetcher)
+    elif not all(hasattr(loader, "load_state_dict") for loader in loaders):
         rank_zero_warn(
             "Resuming with a training loader that cannot save its position: it starts over, so "
             "this run sees other batches than one that never stopped. For an exact resume give the "
@@ -87,3 +99,11 @@ def restore_loader(trainer: Trainer) -> None:
         loop._combined_loader._load_state_dicts(loop._combined_loader_states_to_load)
         loop._combined_loader_states_to_load = []
         iter(loop._data_fetcher)
+
+
+def _draws_from_torch(loader: Any) -> bool:
+    """Whether an epoch of the loader follows from PyTorch's random state and the epoch's number."""
+    if type(loader) is not DataLoader or isinstance(loader.dataset, IterableDataset):
+        return False
+    samplers = (loader, loader.sampler, loader.batch_sampler)
+    return all(getattr(sampler, "generator", None) is None for sampler in samplers)
