@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lightning_mtl import inner, storage
 from lightning_mtl.arguments import one_of
+from lightning_mtl.changed import settle
 from lightning_mtl.state import Stateful
 
 Level = Literal[
@@ -77,18 +78,33 @@ class Balancer(Stateful):
                 f"inherit from lightning_mtl.MultiTaskModule, and return its losses as a dict from "
                 f"`task_losses` instead of `training_step`."
             )
+        self._begin("alone")
         for hook in _STEP_HOOKS:
             if getattr(type(self), hook) is getattr(Callback, hook):
                 vars(self).setdefault(hook, None)
 
+    def _begin(self, fitting: str) -> None:
+        """Take up changed arguments, those of wrapped balancers first; the fit reads them."""
+        for nested in self.nested().values():
+            nested._begin("inside")
+        settle(self)
+        self._fitting = fitting
+
+    def _end(self) -> None:
+        self._fitting = ""
+        for nested in self.nested().values():
+            nested._end()
+
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Show the hooks again that :meth:`setup` hid."""
+        self._end()
         self._show_hooks()
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         """As :meth:`teardown`, which does not follow an error."""
+        self._end()
         self._show_hooks()
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -44,6 +44,7 @@ def check_tasks(balancers: Iterable[Balancer | None], tasks: Sequence[str]) -> N
     for balancer in balancers:
         if balancer is None:
             continue
+        balancer._known_tasks = tuple(tasks)
         check = getattr(balancer, "check_tasks", None)
         if check is not None:
             check(tasks)

@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
+from lightning_mtl.changed import arguments, change, look, note
 from lightning_mtl.saved import entry, unreadable
 
 _NONE: dict[str, Any] = {}
@@ -40,9 +41,17 @@ class Stateful(Callback):
             hand.
         shards: how the columns of the Jacobian are divided over processes; ``None`` when each has
             all of them.
+        fixed_with_state: arguments that shape its state, so that they cannot change once it has
+            begun.
     """
 
+    fixed_with_state: tuple[str, ...] = ()
+
     def __init__(self) -> None:
+        self._settled = False  # whether it is in use, so that `changed.py` minds its arguments
+        self._given: dict[str, Any] = {}  # lists and dicts among them, as they were
+        self._fitting = ""  # whether a fit is on: "alone", or "inside" of another balancer
+        self._known_tasks: tuple[str, ...] = ()  # all tasks of the run
         self.tasks: tuple[str, ...] = ()
         self.shards: Shards | None = None
         self._defaults: dict[str, Any] = {}
@@ -55,8 +64,11 @@ class Stateful(Callback):
         self._generator: torch.Generator | None = None
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Keep count of nested balancers: they are asked for many times a step."""
-        super().__setattr__(name, value)
+        """Keep count of nested balancers, asked for many times a step; mind changed arguments."""
+        if name in arguments(type(self)) and vars(self).get("_settled"):
+            change(self, name, value)
+        else:
+            super().__setattr__(name, value)
         if isinstance(value, Stateful):
             vars(self)["_nested"] = {**self.nested(), name: value}
         elif name in self.nested():
@@ -71,7 +83,7 @@ class Stateful(Callback):
         """Give each process tensors of its own: ``ddp_spawn`` sends them in shared memory."""
         for name, value in state.items():
             shared = isinstance(value, Tensor) and value.is_shared()
-            setattr(self, name, value.clone() if shared else value)
+            vars(self)[name] = value.clone() if shared else value
 
     def add_state(
         self,
@@ -206,6 +218,10 @@ class Stateful(Callback):
             tasks: every active task of the run.
             present: indices of the tasks of this step, ascending; ``None`` when all are there.
         """
+        if not self._settled:
+            note(self)
+        elif self._given:
+            look(self)
         if present is not None:
             return self._narrowed(tasks, present)
         self.tasks = tuple(tasks)

@@ -143,6 +143,7 @@ class GradVac(GradientBalancer):
     """
 
     targets: Tensor | None
+    fixed_with_state = ("groups",)
 
     def __init__(
         self,

@@ -190,6 +190,7 @@ class TaskTensioner(GradientBalancer):
         base_weights = self.base.weights(gramian, losses)
         dtype = torch.promote_types(gramian.dtype, torch.float32)
         latest = gramian.diagonal().to(dtype).clamp(min=0).sqrt()
+        self._resize()
         norms = self.per_task_state("norms", latest, (self.window + 1,))
         count = self.per_task_state("count", latest)
         norms.copy_(norms.roll(-1, dims=1))
@@ -204,6 +205,10 @@ class TaskTensioner(GradientBalancer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the history; with another ``window`` the newest norms are kept."""
         super().load_state_dict(state_dict)
+        self._resize()
+
+    def _resize(self) -> None:
+        """Keep the newest norms after a change of ``window``."""
         size = self.window + 1
         if self.norms is None or self.count is None or self.norms.shape[1] == size:
             return
