@@ -66,7 +66,6 @@ class Balancer(Stateful):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse a module that would never call the balancer; hide hooks with nothing to do."""
         from lightning_mtl.module import MultiTaskModule
-
         from lightning_mtl.supported import other_trainer
 
         if wrong := other_trainer(trainer):

@@ -8,7 +8,6 @@ state begins is refused later.
 from __future__ import annotations
 
 import copy
-import functools
 import inspect
 from typing import TYPE_CHECKING, Any
 
@@ -46,15 +45,20 @@ _OF_A_RUN = {
 }
 
 
-@functools.cache
+_arguments: dict[type, tuple[str, ...]] = {}  # by class, once they were asked for
+
+
 def arguments(cls: type) -> tuple[str, ...]:
     """Names of the constructor's arguments, which are attributes too; none of classes of users.
 
     Theirs may change attributes as they go: the constructor would have to run at each change.
     """
-    if cls.__module__.partition(".")[0] != "lightning_mtl":
-        return ()
-    return tuple(inspect.signature(cls.__init__).parameters)[1:]  # type: ignore[misc] # of a class
+    found = _arguments.get(cls)
+    if found is None:
+        ours = cls.__module__.partition(".")[0] == "lightning_mtl"
+        found = tuple(inspect.signature(cls.__init__).parameters)[1:] if ours else ()  # type: ignore[misc]
+        _arguments[cls] = found
+    return found
 
 
 def settle(balancer: Stateful) -> None:

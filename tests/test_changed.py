@@ -126,11 +126,13 @@ def test_an_argument_changed_between_steps(method: Any, name: str) -> None:
                 setattr(balancer, name, value)
             assert str(balancer.state_dict()) == before
             continue
+        refused = None
         try:
             setattr(balancer, name, value)
         except RuntimeError as error:
-            message = f"`{name}` of {type(balancer).__name__} counts when its state begins"
-            assert message in str(error)
+            refused = str(error)
+        if refused:
+            assert f"`{name}` of {type(balancer).__name__} counts when its state begins" in refused
             assert str(balancer.state_dict()) == before
             balancer.reset()
             setattr(balancer, name, value)
@@ -144,9 +146,9 @@ def test_an_argument_changed_between_steps(method: Any, name: str) -> None:
 @pytest.mark.parametrize(
     "make",
     [
-        lambda v: Scalarization(v),
+        Scalarization,
         lambda v: CAGrad(preference=v),
-        lambda v: UPGrad(v),
+        UPGrad,
         lambda v: FAMO(minimum=v),
     ],
 )

@@ -81,7 +81,9 @@ def test_what_a_step_that_is_left_out_draws() -> None:
         module = (Bad if rule == "skip_step" else Balanced)(on_bad_loss=rule)
         balancer = RandomWeighting(seed=5)
         run = trainer(callbacks=[balancer], accumulate_grad_batches=3)
-        with pytest.warns(UserWarning, match="is left out") if rule == "skip_step" else nullcontext():
+        with (
+            pytest.warns(UserWarning, match="is left out") if rule == "skip_step" else nullcontext()
+        ):
             run.fit(module, Batched(batches))
         found.append((weights(module), balancer.generator.get_state()))
     assert torch.equal(found[0][1], found[1][1])
