@@ -89,6 +89,8 @@ def restore_loader(trainer: Trainer) -> None:
         # Lightning drew them before that, when it set up the loaders.
         iter(loop._data_fetcher)
     elif not all(hasattr(loader, "load_state_dict") for loader in loaders):
+        if not batches.ready:
+            return  # saved before the first batch, as searches for a learning rate do
         rank_zero_warn(
             "Resuming with a training loader that cannot save its position: it starts over, so "
             "this run sees other batches than one that never stopped. For an exact resume give the "

@@ -65,6 +65,14 @@ def no_dict(losses: Any, batch: int, rank: int) -> Any:
     return sum(losses.values()) if (batch, rank) == (2, 1) else losses
 
 
+def bad_on_each(losses: Any, batch: int, rank: int) -> Any:
+    return {**losses, "ab"[rank]: losses["c"] * float("inf")} if batch == 2 else losses
+
+
+def bad_here(losses: Any, batch: int, rank: int) -> Any:
+    return {**losses, "b": losses["b"] * torch.nan} if (batch, rank) == (2, 1) else losses
+
+
 def miscounted(losses: Any, batch: int, rank: int) -> Any:
     return {**losses, "b": (losses["b"], -1)} if (batch, rank) == (1, 1) else losses
 
@@ -129,6 +137,8 @@ CASES: dict[str, tuple[Make, list[Any], Any]] = {
     "unknown task": (lambda r: Wrong(r, unknown), [MinNorm], DDPStrategy),
     "detached": (lambda r: Wrong(r, detached), [MinNorm], DDPStrategy),
     "no dict": (lambda r: Wrong(r, no_dict), [], DDPStrategy),
+    "bad on one": (lambda r: Wrong(r, bad_here), [MinNorm], DDPStrategy),
+    "bad on each": (lambda r: Wrong(r, bad_on_each), [], DDPStrategy),
     "miscounted": (lambda r: Wrong(r, miscounted), [MinNorm], DDPStrategy),
     "absent on one": (AbsentHere, [MinNorm], lambda: ModelParallelStrategy(2, 1)),
     "absent on one, and another bad": (

@@ -46,6 +46,7 @@ def saved(folder: Path, module: Any, balancers: list[Any]) -> Path:
 # --------------------------------------------------------------------------------- resuming a run
 
 
+@pytest.mark.filterwarnings("ignore:.* there is nothing to balance")
 @pytest.mark.parametrize("balancer", [None, LogLoss, MinNorm, DualBalance])
 @pytest.mark.parametrize(
     "other",

@@ -154,6 +154,7 @@ OWN_LENGTH = (
 )
 
 
+@pytest.mark.filterwarnings("ignore:.* there is nothing to balance")
 @each_method
 def test_one_task_trains_as_it_would_alone(method: Method) -> None:
     """Descent on its loss or its logarithm; smoothing and fixed scales only stay finite."""

@@ -295,6 +295,7 @@ def test_an_observer_sees_gradients_and_changes_nothing(make: Any) -> None:
     torch.testing.assert_close(record.direction_norm, module.theta.detach().norm())
 
 
+@pytest.mark.filterwarnings("ignore:.* there is nothing to balance")
 @pytest.mark.parametrize("make", ALL.values(), ids=ALL)
 def test_one_task_is_plain_training(make: Any) -> None:
     """T = 1: the direction is the gradient, times the loss weight if there is one."""

@@ -154,6 +154,7 @@ class Undeclared(MultiTaskModule):
         return {name: nn.functional.mse_loss(self.net(x)[name], targets[name])}
 
 
+@pytest.mark.filterwarnings("ignore:.* there is nothing to balance")
 @pytest.mark.parametrize("balancers", [list, lambda: [LogLoss()], lambda: [MinNorm()]])
 def test_a_later_name_of_a_module_that_declares_none(balancers: Any) -> None:
     message = (

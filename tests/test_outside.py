@@ -176,6 +176,7 @@ def test_a_checkpoint_keeps_it_out(tmp_path: Any) -> None:
     assert later.last_step.gradient_weights[2] == 1
 
 
+@pytest.mark.filterwarnings("ignore:.* there is nothing to balance")
 def test_names_are_checked() -> None:
     with pytest.raises(ValueError, match=r"`unbalanced_tasks` names the unknown task \['e'\]"):
         Critic(unbalanced_tasks=["e"])

@@ -50,6 +50,8 @@ EXPECTED: dict[str, tuple[int, str, str | None]] = {
         "Rank 1 cannot use what its `task_losses` returned: Expected `task_losses` to return a d",
         "Expected `task_losses` to return a dict {task: loss} but got Tensor",
     ),
+    "bad on one": (2, "{'b': 'nan on rank 1'}", None),
+    "bad on each": (2, "{'a': 'inf on rank 0', 'b': 'inf on rank 1'}", None),
     "miscounted": (
         1,
         "Rank 1 cannot use what its `task_losses` returned: Expected the loss of task 'b' as a sc",
@@ -97,7 +99,7 @@ def test_every_rank_ends_with_an_error(folder: Path, case: str) -> None:
         found = result(folder, list(CASES).index(case), rank)
         name, told = found["error"]
         assert message in told, told
-        assert name in ("ValueError", "TypeError", "MisconfigurationException")
+        assert name in ("BadLossError", "ValueError", "TypeError", "MisconfigurationException")
         assert found["steps"] == steps
 
 

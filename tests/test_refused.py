@@ -72,11 +72,11 @@ def scaled() -> MixedPrecision:
 
 FLAGS: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
     "LearningRateFinder": (
-        lambda: {"callbacks": [LearningRateFinder(num_training_steps=2)]},
+        lambda: {"callbacks": [LearningRateFinder(num_training_steps=2), MinNorm()]},
         r"LearningRateFinder is not supported with Tunable: it .* Compare learning rates in short",
     ),
     "BatchSizeFinder": (
-        lambda: {"callbacks": [BatchSizeFinder(max_trials=1)]},
+        lambda: {"callbacks": [BatchSizeFinder(max_trials=1), LogLoss()]},
         r"BatchSizeFinder is not supported with Tunable: it .* Try batch sizes in short fits",
     ),
     "BackboneFinetuning": (
@@ -134,7 +134,7 @@ def test_refused(flags: Callable[[], dict[str, Any]], message: str) -> None:
 @pytest.mark.parametrize("tune", ["lr_find", "scale_batch_size"])
 def test_tuner(tmp_path: Any, tune: str) -> None:
     module = Tunable()
-    run = trainer(tmp_path)
+    run = trainer(tmp_path, callbacks=[MinNorm()])
     message = r"Finder is not supported with Tunable: it replaces the Trainer's callbacks"
     refuses(lambda: getattr(Tuner(run), tune)(module), module, message)
     assert (module.lr, module.batch_size) == (0.01, 4)
