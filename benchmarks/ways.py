@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 import lightning_mtl as mtl
+from lightning_mtl.engine.gradients.rows import TaskGradients
+from lightning_mtl.engine.losses import TaskLosses
 from lightning_mtl.gradient_balancers.min_norm import min_norm_weights
-from lightning_mtl.jacobian import TaskGradients
-from lightning_mtl.losses import TaskLosses
 
 Time = Callable[[int], float]  # seconds of a step, from so many
 Way = Callable[[Model], Time]

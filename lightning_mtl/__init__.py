@@ -1,7 +1,8 @@
 """Multi-task balancing for PyTorch Lightning."""
 
-from lightning_mtl.bad import BadLossError
 from lightning_mtl.balancer import Balancer, GradientBalancer, LossBalancer
+from lightning_mtl.engine.guards import BadLossError
+from lightning_mtl.engine.record import StepRecord
 from lightning_mtl.gradient_balancers import (
     IMTL,
     IMTLG,
@@ -51,7 +52,6 @@ from lightning_mtl.loss_balancers import (
 from lightning_mtl.metrics import ConflictRate, DeltaP, GradientCosine, GradientNorm
 from lightning_mtl.module import MultiTaskModule
 from lightning_mtl.monitor import GradientMonitor
-from lightning_mtl.record import StepRecord
 from lightning_mtl.task import Task
 from lightning_mtl.version import __version__
 

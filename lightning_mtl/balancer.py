@@ -11,9 +11,9 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from lightning_mtl import inner, storage
 from lightning_mtl.arguments import one_of
 from lightning_mtl.changed import settle
+from lightning_mtl.numerics import inner, storage
 from lightning_mtl.state import Stateful
 
 Level = Literal[
@@ -66,7 +66,7 @@ class Balancer(Stateful):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse a module that would never call the balancer; hide hooks with nothing to do."""
         from lightning_mtl.module import MultiTaskModule
-        from lightning_mtl.supported import other_trainer
+        from lightning_mtl.trainer.supported import other_trainer
 
         if wrong := other_trainer(trainer):
             raise TypeError(wrong)

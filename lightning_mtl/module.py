@@ -13,19 +13,19 @@ from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
-from lightning_mtl.bad import OnBadLoss
-from lightning_mtl.evaluation import Evaluation
-from lightning_mtl.flow import Flow
+from lightning_mtl.engine.guards import OnBadLoss
+from lightning_mtl.engine.losses import check_task_names, known_tasks
+from lightning_mtl.engine.record import StepRecord
+from lightning_mtl.engine.step import Flow
 from lightning_mtl.inherit import adopt, check_constructor, foreign_bases, last, with_index
-from lightning_mtl.losses import check_task_names, known_tasks
-from lightning_mtl.measuring import Measuring, default_step, with_delta_p
-from lightning_mtl.record import StepRecord
+from lightning_mtl.numerics.storage import Memory
 from lightning_mtl.reserved import GUARDED, assigned, check_class
 from lightning_mtl.saved import entry
-from lightning_mtl.storage import Memory
-from lightning_mtl.supported import check_trainer, own_step, refuse_other_package
 from lightning_mtl.task import Task
-from lightning_mtl.trainer_flags import TrainerFlags
+from lightning_mtl.trainer.evaluation import Evaluation
+from lightning_mtl.trainer.flags import TrainerFlags
+from lightning_mtl.trainer.measuring import Measuring, default_step, with_delta_p
+from lightning_mtl.trainer.supported import check_trainer, own_step, refuse_other_package
 
 
 def _with_flags(

@@ -9,12 +9,12 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_mtl.arguments import one_of, whole
-from lightning_mtl.bad import OnBadLoss
-from lightning_mtl.evaluation import Evaluation
-from lightning_mtl.flow import Flow
+from lightning_mtl.engine.guards import OnBadLoss
+from lightning_mtl.engine.step import Flow
 from lightning_mtl.inherit import with_index
-from lightning_mtl.storage import Memory
+from lightning_mtl.numerics.storage import Memory
 from lightning_mtl.task import Task
+from lightning_mtl.trainer.evaluation import Evaluation
 
 if TYPE_CHECKING:
     from lightning_mtl.module import MultiTaskModule

@@ -23,7 +23,7 @@ from lightning_mtl import (
     RandomWeighting,
     Scalarization,
 )
-from lightning_mtl.bad import BadLossError
+from lightning_mtl.engine.guards import BadLossError
 from tests.faulty import Fault, Faulty, batches, change, fitted, parameters, same, state, without
 from tests.models import Balanced, Network, trainer
 

@@ -8,7 +8,7 @@ import torch
 
 from lightning_mtl.gradient_balancers.dual_proj import dual_proj_weights
 from lightning_mtl.gradient_balancers.upgrad import upgrad_weights
-from lightning_mtl.solvers import dual_cone_weights, nnls, nnls_rows, project_on_simplex
+from lightning_mtl.numerics.quadratic import dual_cone_weights, nnls, nnls_rows, project_on_simplex
 from tests.test_convex import drawn
 from tests.test_exactness import degenerate_rows, random_rows
 

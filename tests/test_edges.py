@@ -24,7 +24,7 @@ from lightning_mtl import (
     MultiTaskModule,
     Task,
 )
-from lightning_mtl.host import all_finite
+from lightning_mtl.engine.gradients.host import all_finite
 from tests.models import Balanced, Plain, Sum, loader, resume_from, sgd, trainer, weights
 from tests.test_flow import Linear, Watcher, one_step
 from tests.test_resume import SavedLoader

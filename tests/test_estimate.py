@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_mtl.estimate import corrected, estimated
+from lightning_mtl.numerics.estimate import corrected, estimated
 
 
 def gramian(size: int, seed: int, rank: int | None = None, spread: float = 0.0) -> Tensor:

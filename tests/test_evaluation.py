@@ -18,7 +18,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from torchmetrics.wrappers import BootStrapper, ClasswiseWrapper, MetricTracker, MultioutputWrapper
 
 from lightning_mtl import MinNorm, MultiTaskModule, Task
-from lightning_mtl.samples import samples, samples_of_batch
+from lightning_mtl.trainer.samples import samples, samples_of_batch
 from tests.evaluation_cases import Images, box_loss
 from tests.models import TASKS, Balanced, Batched, Network, Plain, loader, sgd, trainer, weights
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lightning_mtl.gradient_balancers import central_direction_weights, min_norm_weights
-from lightning_mtl.solvers import nnls
+from lightning_mtl.numerics.quadratic import nnls
 
 CASES = 1000
 

@@ -9,8 +9,8 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_mtl import SAMO, DualBalance, GradientBalancer, LogLoss, MinNorm
-from lightning_mtl.inner import along, gramian, norms
-from lightning_mtl.storage import allocate, combine
+from lightning_mtl.numerics.inner import along, gramian, norms
+from lightning_mtl.numerics.storage import allocate, combine
 from tests.method_rows.row import Method
 from tests.methods import METHODS
 from tests.models import Balanced, loader, trainer, weights

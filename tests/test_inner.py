@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from lightning_mtl import GradientBalancer, MinNorm
-from lightning_mtl.inner import along, gramian, in_blocks, norms, products
-from lightning_mtl.storage import combined
+from lightning_mtl.numerics.inner import along, gramian, in_blocks, norms, products
+from lightning_mtl.numerics.storage import combined
 
 WIDTHS = [0, 1, 7, 65_535, 65_536, 65_537, 400_001]
 

@@ -18,7 +18,7 @@ from lightning_mtl import (
     NashMTL,
     UPGrad,
 )
-from lightning_mtl.bad import BadLossError
+from lightning_mtl.engine.guards import BadLossError
 from tests.method_rows.row import Method
 from tests.methods import METHODS, TASKS, direction
 from tests.models import Balanced, loader, sgd, trainer, weights

@@ -8,10 +8,10 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from lightning_mtl import newton
 from lightning_mtl.gradient_balancers.fair_grad import FairGrad, fair_grad_weights
 from lightning_mtl.gradient_balancers.nash_mtl import NashMTL, nash_mtl_weights
-from lightning_mtl.newton import alpha_fair
+from lightning_mtl.numerics import newton
+from lightning_mtl.numerics.newton import alpha_fair
 from tests.methods import TASKS, fixture
 from tests.models import Balanced, loader, trainer
 

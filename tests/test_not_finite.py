@@ -24,7 +24,7 @@ from lightning_mtl import (
     SDMGrad,
     Smooth,
 )
-from lightning_mtl.bad import BadLossError, NotFiniteError
+from lightning_mtl.engine.guards import BadLossError, NotFiniteError
 from tests.methods import TASKS
 from tests.models import Balanced, loader, resume_from, trainer, weights
 

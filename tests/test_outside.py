@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_mtl import LogLoss, MinNorm, MultiTaskModule, Task
 from lightning_mtl.balancer import GradientBalancer
-from lightning_mtl.group import Group
+from lightning_mtl.engine.group import Group
 from tests.methods import METHODS
 from tests.models import Balanced, Network, Samples, loader, resume_from, sgd, trainer, weights
 from tests.test_resume import SavedLoader

@@ -13,8 +13,8 @@ import torch
 from lightning.pytorch import Callback
 from torch import Tensor
 
-from lightning_mtl.bad import BadLossError
 from lightning_mtl.balancer import GradientBalancer, LossBalancer
+from lightning_mtl.engine.guards import BadLossError
 from lightning_mtl.gradient_balancers.aligned_mtl import AlignedMTL
 from lightning_mtl.gradient_balancers.cagrad import CAGrad
 from lightning_mtl.gradient_balancers.con_fig import ConFIG

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lightning_mtl import BadLossError, GradientBalancer, Smooth, TaskTensioner
 from lightning_mtl.gradient_balancers.samo import SAMO
-from lightning_mtl.supported import check_batches
+from lightning_mtl.trainer.supported import check_batches
 from tests.faulty import Faulty, batches, change, parameters, same
 from tests.models import Balanced, Sum, loader, sgd, trainer, weights
 from tests.test_degenerate import Apart

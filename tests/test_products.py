@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_mtl import CAGrad, GradientBalancer, LogLoss, MinNorm, NashMTL, UPGrad
-from lightning_mtl.products import Products
+from lightning_mtl.engine.forms.products import Products
 from tests.models import Balanced, loader, trainer, weights
 from tests.test_forms import Observer
 
@@ -93,7 +93,7 @@ def test_the_other_estimate_is_that_of_a_linear_layer_behind() -> None:
 
     found: list[tuple[Tensor, Tensor, Tensor]] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lightning_mtl.backward.Products", Kept)
+        patch.setattr("lightning_mtl.engine.forms.backward.Products", Kept)
         fit(MinNorm(gradients="representation+2"), max_steps=1)
     ((estimate, rows, z),) = found  # once a step
     layers = torch.einsum("tbo,bi->toi", rows.view(3, *z.shape), z).flatten(1)

@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
 from lightning_mtl import FAMO, SAMO, MinNorm, MultiTaskModule
-from lightning_mtl.keep import copied, iterator_in
+from lightning_mtl.engine.keep import copied, iterator_in
 from tests.models import Batched, Network, Samples, sgd, trainer, weights
 
 BALANCERS: dict[str, Any] = {

@@ -9,7 +9,7 @@ import torch
 from lightning_mtl.gradient_balancers import min_norm_weights
 from lightning_mtl.gradient_balancers.cagrad import cagrad_weights
 from lightning_mtl.gradient_balancers.sdmgrad import SDMGrad
-from lightning_mtl.solvers import (
+from lightning_mtl.numerics.quadratic import (
     min_norm_of_rays,
     min_norm_point,
     nnls_rows,

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_mtl.bisector import with_projections
 from lightning_mtl.gradient_balancers import CentralDirection
 from lightning_mtl.gradient_balancers.aligned_mtl import aligned_mtl_weights
 from lightning_mtl.gradient_balancers.con_fig import ConFIG
 from lightning_mtl.gradient_balancers.imtl import IMTL, imtl_weights
 from lightning_mtl.gradient_balancers.imtlg import IMTLG, imtlg_weights
-from lightning_mtl.solvers import to_numpy, unit_gramian
+from lightning_mtl.numerics.bisector import with_projections
+from lightning_mtl.numerics.quadratic import to_numpy, unit_gramian
 from tests.methods import direction, fixture, vector
 
 NAMES = ["E2", "E3"]

@@ -15,7 +15,7 @@ from lightning_mtl.gradient_balancers.grad_norm import (
 from lightning_mtl.gradient_balancers.grad_vac import GradVac
 from lightning_mtl.gradient_balancers.meta_balance import MetaBalance, meta_balance_factors
 from lightning_mtl.gradient_balancers.pcgrad import PCGrad, _coefficients, pcgrad_weights
-from lightning_mtl.solvers import gramian_array
+from lightning_mtl.numerics.quadratic import gramian_array
 from tests.methods import fixture, vector
 
 DTYPES = {torch.float64: 1e-6, torch.float32: 1e-4}

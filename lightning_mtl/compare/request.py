@@ -17,9 +17,9 @@ from lightning_mtl.compare.folder import source_hash
 from lightning_mtl.compare.grid import SINGLE
 from lightning_mtl.compare.worker import Job
 from lightning_mtl.compare.yaml_file import YamlFile
-from lightning_mtl.evaluation import in_stage, metric_key
+from lightning_mtl.engine.stages import attached_balancers, check_tasks
 from lightning_mtl.module import MultiTaskModule
-from lightning_mtl.stages import attached_balancers, check_tasks
+from lightning_mtl.trainer.evaluation import in_stage, metric_key
 
 
 class Request:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_mtl.arguments import PerTask, Scale, one_of, rescaled
 from lightning_mtl.balancer import GradientBalancer, Level, as_weights
-from lightning_mtl.solvers import gramian_array
+from lightning_mtl.numerics.quadratic import gramian_array
 
 Mode = Literal["min", "median", "rmse"]
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_mtl.arguments import PerTask, Scale, in_range, one_of, rescaled
 from lightning_mtl.balancer import GradientBalancer, Level, as_weights
-from lightning_mtl.solvers import (
+from lightning_mtl.numerics.quadratic import (
     Array,
     Mask,
     gramian_array,

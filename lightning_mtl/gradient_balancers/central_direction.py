@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_mtl.arguments import Scale, one_of, rescaled
 from lightning_mtl.balancer import GradientBalancer, Level, as_weights
-from lightning_mtl.solvers import gramian_array, min_norm_of_rays, unit_gramian
+from lightning_mtl.numerics.quadratic import gramian_array, min_norm_of_rays, unit_gramian
 
 
 def central_direction_weights(gramian: Tensor) -> Tensor:

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from lightning_mtl.arguments import PerTask, Scale, one_of, rescaled
 from lightning_mtl.balancer import GradientBalancer, Level, as_weights
-from lightning_mtl.bisector import with_projections
-from lightning_mtl.solvers import Array, gramian_array, resolution, unit_gramian
+from lightning_mtl.numerics.bisector import with_projections
+from lightning_mtl.numerics.quadratic import Array, gramian_array, resolution, unit_gramian
 
 Length = Literal["projection", "minimum", "maximum", "harmonic", "arithmetic", "geometric"]
 

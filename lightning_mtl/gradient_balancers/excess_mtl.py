@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_mtl import inner
 from lightning_mtl.arguments import Scale, in_range, one_of, rescaled, whole
 from lightning_mtl.balancer import GradientBalancer, as_weights, at_least_float32
-from lightning_mtl.solvers import Array, to_numpy, unit_of
+from lightning_mtl.numerics import inner
+from lightning_mtl.numerics.quadratic import Array, to_numpy, unit_of
 
 
 def excess_risks(jacobian: Tensor, squares: Tensor, units: Sequence[float] | None = None) -> Tensor:

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from lightning_mtl.arguments import Scale, in_range, one_of, rescaled
 from lightning_mtl.balancer import GradientBalancer, Level, as_weights
-from lightning_mtl.newton import alpha_fair
-from lightning_mtl.solvers import gramian_array, resolution
+from lightning_mtl.numerics.newton import alpha_fair
+from lightning_mtl.numerics.quadratic import gramian_array, resolution
 
 
 def fair_grad_weights(gramian: Tensor, alpha: float = 1.0) -> Tensor:

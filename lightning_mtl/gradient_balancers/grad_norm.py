@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_mtl.adam import adam_step
 from lightning_mtl.arguments import in_range, one_of
 from lightning_mtl.balancer import GradientBalancer, Level, as_weights, at_least_float32
-from lightning_mtl.solvers import Array, to_numpy
+from lightning_mtl.numerics.adam import adam_step
+from lightning_mtl.numerics.quadratic import Array, to_numpy
 
 Optimizer = Literal["adam", "sgd"]
 

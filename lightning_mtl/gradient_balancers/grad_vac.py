@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_mtl import inner
 from lightning_mtl.arguments import Scale, in_range, one_of, rescaled
 from lightning_mtl.balancer import GradientBalancer, Level, as_weights, at_least_float32
 from lightning_mtl.gradient_balancers._orders import Order, draw_orders, orders_array
-from lightning_mtl.solvers import gramian_array, to_numpy, unit_gramian
-from lightning_mtl.storage import combined
+from lightning_mtl.numerics import inner
+from lightning_mtl.numerics.quadratic import gramian_array, to_numpy, unit_gramian
+from lightning_mtl.numerics.storage import combined
 
 Groups = Literal["model", "layer", "tensor"]
 

@@ -7,7 +7,6 @@ from typing import get_args
 import numpy as np
 from torch import Tensor
 
-from lightning_mtl.adam import adam_step
 from lightning_mtl.arguments import Scale, in_range, one_of, rescaled
 from lightning_mtl.balancer import (
     GradientBalancer,
@@ -16,8 +15,9 @@ from lightning_mtl.balancer import (
     as_weights,
     at_least_float32,
 )
-from lightning_mtl.bisector import equal_projections
-from lightning_mtl.solvers import gramian_array, resolution, to_numpy
+from lightning_mtl.numerics.adam import adam_step
+from lightning_mtl.numerics.bisector import equal_projections
+from lightning_mtl.numerics.quadratic import gramian_array, resolution, to_numpy
 
 _FARTHEST = 70.0  # the logarithm of about 1e30: weights stay float32 numbers
 _STEEPEST = 1e15  # its square is a float32 number

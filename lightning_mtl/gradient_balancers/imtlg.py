@@ -8,8 +8,8 @@ from torch import Tensor
 
 from lightning_mtl.arguments import Scale, one_of, rescaled
 from lightning_mtl.balancer import GradientBalancer, Level, as_weights
-from lightning_mtl.bisector import equal_projections
-from lightning_mtl.solvers import gramian_array, resolution
+from lightning_mtl.numerics.bisector import equal_projections
+from lightning_mtl.numerics.quadratic import gramian_array, resolution
 
 
 def imtlg_weights(gramian: Tensor) -> Tensor:

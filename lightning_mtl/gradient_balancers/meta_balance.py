@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_mtl.arguments import in_range, one_of
 from lightning_mtl.balancer import GradientBalancer, at_least_float32
-from lightning_mtl.storage import combined
+from lightning_mtl.numerics.storage import combined
 
 Strategy = Literal["both", "shrink", "enlarge"]
 

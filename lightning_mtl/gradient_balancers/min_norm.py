@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_mtl.arguments import Scale, one_of, rescaled
 from lightning_mtl.balancer import GradientBalancer, Level, as_weights
-from lightning_mtl.solvers import gramian_array, min_norm_point, to_numpy, unit_gramian
+from lightning_mtl.numerics.quadratic import gramian_array, min_norm_point, to_numpy, unit_gramian
 
 Normalization = Literal["none", "l2", "loss", "loss+"]
 

@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_mtl import inner
 from lightning_mtl.arguments import Scale, in_range, one_of, rescaled
 from lightning_mtl.balancer import GradientBalancer, as_weights, at_least_float32
-from lightning_mtl.solvers import Array, gramian_array, to_numpy
-from lightning_mtl.storage import combined
+from lightning_mtl.numerics import inner
+from lightning_mtl.numerics.quadratic import Array, gramian_array, to_numpy
+from lightning_mtl.numerics.storage import combined
 
 Projection = Literal["simplex", "softmax"]
 

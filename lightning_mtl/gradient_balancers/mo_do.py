@@ -7,11 +7,11 @@ from typing import get_args
 import numpy as np
 from torch import Tensor
 
-from lightning_mtl import inner
 from lightning_mtl.arguments import Scale, in_range, one_of, rescaled
 from lightning_mtl.balancer import GradientBalancer, as_weights, at_least_float32
-from lightning_mtl.solvers import gramian_array, project_on_simplex, to_numpy
-from lightning_mtl.storage import combined
+from lightning_mtl.numerics import inner
+from lightning_mtl.numerics.quadratic import gramian_array, project_on_simplex, to_numpy
+from lightning_mtl.numerics.storage import combined
 
 
 def mo_do_weights(cross: Tensor, weights: Tensor, gamma: float = 0.1, rho: float = 0.1) -> Tensor:

@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_mtl import inner
 from lightning_mtl.arguments import in_range, whole
 from lightning_mtl.balancer import GradientBalancer, at_least_float32
-from lightning_mtl.bisector import with_projections
-from lightning_mtl.solvers import Array, resolution, to_numpy, unit_gramian, unit_of
-from lightning_mtl.storage import combined
+from lightning_mtl.numerics import inner
+from lightning_mtl.numerics.bisector import with_projections
+from lightning_mtl.numerics.quadratic import Array, resolution, to_numpy, unit_gramian, unit_of
+from lightning_mtl.numerics.storage import combined
 
 
 def implied_gradient(smoothed: Tensor, before: Tensor, beta: float = 0.9) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_mtl.arguments import PerTask, in_range
 from lightning_mtl.balancer import GradientBalancer, at_least_float32
-from lightning_mtl.solvers import unit_of
+from lightning_mtl.numerics.quadratic import unit_of
 
 
 def mtadam_factors(norms: Tensor, ranks: Tensor) -> Tensor:

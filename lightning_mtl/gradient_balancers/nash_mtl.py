@@ -10,8 +10,8 @@ from torch import Tensor
 
 from lightning_mtl.arguments import PerTask, Scale, in_range, one_of, rescaled, whole
 from lightning_mtl.balancer import GradientBalancer, Level, as_weights, at_least_float32
-from lightning_mtl.newton import alpha_fair
-from lightning_mtl.solvers import gramian_array, resolution, to_numpy
+from lightning_mtl.numerics.newton import alpha_fair
+from lightning_mtl.numerics.quadratic import gramian_array, resolution, to_numpy
 
 
 def nash_mtl_weights(gramian: Tensor, preference: Sequence[float] | None = None) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_mtl.arguments import Scale, one_of, rescaled
 from lightning_mtl.balancer import GradientBalancer, Level, as_weights
 from lightning_mtl.gradient_balancers._orders import Order, Orders, draw_orders, orders_array
-from lightning_mtl.solvers import Array, gramian_array, unit_gramian
+from lightning_mtl.numerics.quadratic import Array, gramian_array, unit_gramian
 
 
 def pcgrad_weights(

@@ -8,9 +8,9 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from lightning_mtl import inner
 from lightning_mtl.arguments import in_range, one_of
 from lightning_mtl.balancer import GradientBalancer, LossBalancer, at_least_float32
+from lightning_mtl.numerics import inner
 
 Local = Literal["estimate", "gradient"]
 

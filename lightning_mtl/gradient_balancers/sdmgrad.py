@@ -8,17 +8,17 @@ from typing import get_args
 import numpy as np
 from torch import Tensor
 
-from lightning_mtl import inner
 from lightning_mtl.arguments import PerTask, Scale, in_range, one_of, rescaled, whole
 from lightning_mtl.balancer import GradientBalancer, Level, as_weights, at_least_float32
-from lightning_mtl.solvers import (
+from lightning_mtl.numerics import inner
+from lightning_mtl.numerics.quadratic import (
     gramian_array,
     min_norm_point,
     project_on_simplex,
     shares,
     to_numpy,
 )
-from lightning_mtl.storage import combined
+from lightning_mtl.numerics.storage import combined
 
 
 def sdmgrad_weights(

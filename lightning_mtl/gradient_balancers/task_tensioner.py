@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 
 from lightning_mtl.balancer import GradientBalancer, as_weights
-from lightning_mtl.solvers import Array, dual_cone_weights, gramian_array, resolution, to_numpy
+from lightning_mtl.numerics.quadratic import (
+    Array,
+    dual_cone_weights,
+    gramian_array,
+    resolution,
+    to_numpy,
+)
 
 Feasibility = Literal["published", "exact", "none"]
 History = Literal["mean", "ema"]

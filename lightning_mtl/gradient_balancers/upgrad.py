@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_mtl.arguments import PerTask, Scale, one_of, rescaled
 from lightning_mtl.balancer import GradientBalancer, Level, as_weights
-from lightning_mtl.solvers import dual_cone_weights, gramian_array, shares
+from lightning_mtl.numerics.quadratic import dual_cone_weights, gramian_array, shares
 
 
 def upgrad_weights(gramian: Tensor, preference: Sequence[float] | None = None) -> Tensor:

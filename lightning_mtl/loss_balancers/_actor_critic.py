@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, mse_loss
 
-from lightning_mtl.adam import adam_step
+from lightning_mtl.numerics.adam import adam_step
 
 _HIDDEN = 128
 _DISCOUNT = 0.99

@@ -9,9 +9,9 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from lightning_mtl.adam import adam_step
 from lightning_mtl.arguments import Scale, in_range, one_of, rescaled
 from lightning_mtl.balancer import LossBalancer, as_weights, at_least_float32
+from lightning_mtl.numerics.adam import adam_step
 
 
 def famo_weights(

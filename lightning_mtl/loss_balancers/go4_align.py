@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lightning_mtl.arguments import Scale, in_range, one_of, rescaled, whole
 from lightning_mtl.balancer import LossBalancer, as_weights, at_least_float32
-from lightning_mtl.solvers import Array, to_numpy
+from lightning_mtl.numerics.quadratic import Array, to_numpy
 
 
 def go4_align_weights(losses: Tensor, potentials: Tensor, groups: int = 2) -> Tensor:

@@ -7,9 +7,9 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from lightning_mtl.adam import adam_step
 from lightning_mtl.arguments import in_range, one_of
 from lightning_mtl.balancer import LossBalancer, at_least_float32
+from lightning_mtl.numerics.adam import adam_step
 
 Normalization = Literal["none", "initial", "log"]
 Compared = Literal["weighted", "plain"]

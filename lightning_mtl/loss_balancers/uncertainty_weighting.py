@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_mtl.adam import adam_step
 from lightning_mtl.arguments import in_range
 from lightning_mtl.balancer import LossBalancer, at_least_float32
+from lightning_mtl.numerics.adam import adam_step
 
 _FARTHEST = 70.0  # the logarithm of about 1e30: weights stay float32 numbers
 _STEEPEST = 1e15  # its square is a float32 number

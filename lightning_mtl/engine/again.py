@@ -1,0 +1,216 @@
+"""The losses of a step's batches once more, as if nobody had looked."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor, nn
+from torchmetrics import Metric
+
+from lightning_mtl.engine.keep import changed, copied, iterator_in, places, versions
+from lightning_mtl.ranks import OneProcess
+
+if TYPE_CHECKING:
+    from lightning_mtl.module import MultiTaskModule
+
+
+@dataclass
+class Seen:
+    """A micro-batch and the random state before its forward pass.
+
+    Attributes:
+        batch: its containers as they were; the tensors are those of the batch.
+        batch_idx: its index.
+        random: states of the generators.
+        balancer: name of the one that asks for its losses again.
+        versions: how often each tensor of the batch had been changed in place.
+    """
+
+    batch: Any
+    batch_idx: int
+    random: list[Tensor]
+    balancer: str
+    versions: list[tuple[Tensor, int]]
+
+    def check(self) -> None:
+        """Refuse a batch whose tensors have changed since.
+
+        Raises:
+            ValueError: a tensor was changed in place.
+        """
+        if found := changed(self.versions):
+            where = places(self.batch, found)[:4] or "a tensor"
+            raise ValueError(
+                f"Expected the batch as it was but {where} was changed in place, and "
+                f"{self.balancer} needs its losses once more. No parameter was changed. Write "
+                f"`x = x * 2` instead of `x.mul_(2)` in `task_losses`, or clone what is changed; "
+                f"a loader that fills the same tensors again needs new ones for each batch."
+            )
+
+
+# Modules whose losses take gradients themselves, which needs a graph also where we need none.
+_need_graph: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+class Reached(BaseException):
+    """Ends a forward pass at the shared representation.
+
+    No ``Exception``, so that code which looks out for errors lets it through.
+    """
+
+    def __init__(self, representation: Tensor) -> None:
+        super().__init__("The shared representation was reached.")
+        self.representation = representation
+
+
+def remember(module: MultiTaskModule, batch: Any, batch_idx: int, balancer: str) -> Seen:
+    """Note a micro-batch before its forward pass.
+
+    Raises:
+        TypeError: it cannot be read twice.
+    """
+    if (found := iterator_in(batch)) is not None:
+        raise TypeError(
+            f"Expected a batch that can be used twice, since {balancer} needs its losses once "
+            f"more, but it has an iterator ({found}). Put its items into a list, for example in "
+            f"`collate_fn` or `on_after_batch_transfer`."
+        )
+    states = [torch.get_rng_state()]
+    if module.device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(module.device))
+    return Seen(copied(batch), batch_idx, states, balancer, versions(batch))
+
+
+def losses_again(
+    module: MultiTaskModule, seen: Sequence[Seen], tasks: Sequence[str], ranks: OneProcess
+) -> Tensor:
+    """Mean losses of ``tasks`` over micro-batches and ranks with the parameters of now.
+
+    Shape ``(T,)``. No graph; otherwise as :func:`replayed`. A task that gives no finite loss gets
+    NaN.
+    """
+    sums = torch.zeros(2, len(tasks), dtype=torch.float64, device=module.device)
+    for micro in seen:
+        with _without_graph(module, micro) as losses:
+            for t, task in enumerate(tasks):
+                value, count = losses.get(task), 1.0
+                if isinstance(value, tuple):
+                    value, count = value[0], float(value[1])
+                if value is not None:
+                    sums[0, t] += value.detach().double() * count
+                    sums[1, t] += count
+    sums = ranks.sum_(sums)
+    return sums[0] / sums[1]  # NaN where nobody has labels
+
+
+@contextmanager
+def _without_graph(module: MultiTaskModule, micro: Seen) -> Iterator[Mapping[str, Any]]:
+    """As :func:`replayed`, without a graph unless a loss takes gradients itself."""
+    with ExitStack() as stack:
+        losses = None
+        if module not in _need_graph:
+            try:
+                stack.enter_context(torch.no_grad())
+                losses = stack.enter_context(replayed(module, micro))
+            except RuntimeError as error:
+                if "does not require grad" not in str(error):
+                    raise
+                _need_graph.add(module)
+                stack.close()
+        if losses is None:
+            stack.enter_context(torch.enable_grad())
+            losses = stack.enter_context(replayed(module, micro))
+        yield losses
+
+
+@contextmanager
+def replayed(module: MultiTaskModule, micro: Seen) -> Iterator[Mapping[str, Any]]:
+    """The task losses of a micro-batch once more, with the parameters of now.
+
+    The same dropout masks as before. Buffers (BatchNorm), metrics, random state and the log are
+    put back at the end, so a backward pass belongs inside.
+    """
+    devices = [module.device] if module.device.type == "cuda" else []
+    torch.clear_autocast_cache()  # it holds the weights of another moment
+    try:
+        with torch.random.fork_rng(devices), _unseen(module):
+            torch.set_rng_state(micro.random[0])
+            if devices:
+                torch.cuda.set_rng_state(micro.random[1], module.device)
+            with module.trainer.precision_plugin.train_step_context():
+                losses = _losses(module, micro)
+            yield losses
+    finally:
+        torch.clear_autocast_cache()
+
+
+def _losses(module: MultiTaskModule, micro: Seen) -> Mapping[str, Any]:
+    """What ``task_losses`` returns for the batch as it was."""
+    try:
+        losses = module.task_losses(copied(micro.batch), micro.batch_idx)
+    except Exception as error:
+        note = (
+            f"{micro.balancer} asked for the losses of the same batch once more, and `task_losses` "
+            f"of {type(module).__name__} failed. Let it depend on the batch and the parameters "
+            f"alone, or use a balancer that does not ask again."
+        )
+        if hasattr(error, "add_note"):  # from Python 3.11 on
+            error.add_note(note)
+        else:
+            rank_zero_warn(note)
+        raise
+    if not isinstance(losses, Mapping):
+        raise TypeError(
+            f"Expected `task_losses` to return {{task: loss}} also when {micro.balancer} asks for "
+            f"the same batch once more but got {type(losses).__name__}. Let it depend on the batch "
+            f"and the parameters alone."
+        )
+    return losses
+
+
+@contextmanager
+def _unseen(module: MultiTaskModule) -> Iterator[None]:
+    """Put buffers and metrics back afterwards, and log nothing."""
+    # Copies take the place of buffers: the graph of the step may have saved these. With the dict
+    # that holds them, since a module may put a new tensor there.
+    buffers = [(m._buffers, name, b) for m in module.modules() for name, b in m._buffers.items()]
+    copies = {id(b): b.clone() for _, _, b in buffers if b is not None}
+    for holder, name, buffer in buffers:
+        holder[name] = None if buffer is None else copies[id(buffer)]
+    metrics = [(m, _metric_state(m)) for m in module.modules() if isinstance(m, Metric)]
+    own = {name: vars(module).get(name) for name in ("log", "log_dict")}
+    for name in own:
+        vars(module)[name] = _nothing
+    try:
+        yield
+    finally:
+        for name, before in own.items():
+            if before is None:
+                del vars(module)[name]
+            else:
+                vars(module)[name] = before
+        for holder, name, buffer in buffers:
+            holder[name] = buffer
+        for metric, state in metrics:
+            for name, value in state.items():
+                setattr(metric, name, value)
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    pass
+
+
+def _metric_state(metric: Metric) -> Mapping[str, Any]:
+    names = [*metric._defaults, "_update_count", "_computed", "_forward_cache"]
+    return {name: _copied(getattr(metric, name)) for name in names if hasattr(metric, name)}
+
+
+def _copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else copy.deepcopy(value)

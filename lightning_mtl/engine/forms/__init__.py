@@ -1,0 +1,1 @@
+"""The ways of taking gradients, one file each."""

@@ -1,0 +1,1 @@
+"""Task gradients: rows and heads, where they live, and which parameters are shared."""

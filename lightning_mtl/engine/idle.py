@@ -1,0 +1,119 @@
+"""A fit that makes no optimiser step ends with an error that says what was seen."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+from torch import Tensor
+
+from lightning_mtl.balancer import Balancer
+from lightning_mtl.engine.group import Group
+from lightning_mtl.engine.guards import OnBadLoss
+
+
+class Idle:
+    """Counts the optimiser steps that were due and left out.
+
+    Every rank counts the same: what a step is left out for has been agreed on.
+
+    Args:
+        limit: how many in a row end the fit.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.made = False  # whether the fit has made a step, or tried and overflowed
+        self.missed = 0  # steps in a row
+        self._batches = 0
+        self._empty = 0
+        self._overflows = 0
+        self._bad: Counter[str] = Counter()
+
+    def stepped(self) -> None:
+        """A step was made."""
+        self.made = True
+        if self.missed:
+            self.missed = self._batches = self._empty = self._overflows = 0
+            self._bad.clear()
+
+    def overflowed(self, scale: float) -> None:
+        """A gradient scaler skipped a step.
+
+        While it looks for its scale that is as it should be; below one, the gradients themselves
+        are no numbers of half precision.
+        """
+        self.made = True
+        if scale < 1:
+            self.missed += 1
+            self._batches += 1
+            self._overflows += 1
+
+    def left_out(self, group: Group, tasks: Sequence[str]) -> None:
+        """A step was left out for what its micro-batches brought."""
+        self.missed += 1
+        self._batches += group.received
+        self._empty += group.empty
+        self._bad.update({tasks[t]: n for t, n in group.bad.items()})
+
+    def check(self, rule: OnBadLoss, step: int) -> None:
+        """End a fit that goes on without steps.
+
+        Raises:
+            RuntimeError: the limit is reached.
+        """
+        if self.missed >= self.limit:
+            raise RuntimeError(
+                f"Expected an optimiser step in every {self.limit} but none was made after step "
+                f"{step}: {self._seen(rule)} `MultiTaskModule(max_skipped_steps=...)` says how "
+                f"many may be left out in a row."
+            )
+
+    def finish(self, rule: OnBadLoss) -> None:
+        """End a fit that made no step at all.
+
+        Raises:
+            RuntimeError: steps were due, and none was made.
+        """
+        if self.missed and not self.made:
+            raise RuntimeError(
+                f"Expected the fit to train but it made no optimiser step: {self._seen(rule)}"
+            )
+
+    def _seen(self, rule: OnBadLoss) -> str:
+        found, cures = [], []
+        if self._empty:
+            found.append(f"{self._empty} returned no loss ({{}}, or None for every task)")
+            cures.append("Return the loss of each task that a batch has labels of.")
+        if self._bad:
+            found.append(
+                f"bad losses or gradients were left out, as `on_bad_loss='{rule}'` asks, of "
+                f"{dict(self._bad)} (batches by task)"
+            )
+            cures.append("`on_bad_loss='raise'` says what is wrong with the first.")
+        if self._overflows:
+            found.append(f"{self._overflows} overflowed in half precision at a loss scale below 1")
+            cures.append("Train with 'bf16-mixed' or '32-true', or look at the scale of the loss.")
+        seen = "; ".join(found) or "each was left out"
+        return f"of the last {self._batches} batches {seen}. {' '.join(cures)}"
+
+
+def random_states(balancers: Iterable[Balancer]) -> list[tuple[Balancer, Tensor | None]]:
+    """Where the random numbers of balancers, and of those they wrap, stand; ``None``: not begun."""
+    found: list[tuple[Balancer, Tensor | None]] = []
+    for balancer in balancers:
+        drawn = balancer._generator
+        found.append((balancer, None if drawn is None else drawn.get_state()))
+        nested = balancer.nested()
+        if nested:
+            found += random_states(nested.values())
+    return found
+
+
+def draw_again(before: Iterable[tuple[Balancer, Tensor | None]]) -> None:
+    """Undo what was drawn for a step that is left out after all."""
+    for balancer, state in before:
+        if state is None:
+            balancer._generator = None
+        else:
+            balancer.generator.set_state(state)

@@ -1,0 +1,1 @@
+"""What knows Lightning's loops: flags, steps, resuming, evaluation, and what is refused."""
