@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 import lightning_mtl as mtl
 from lightning_mtl.engine.gradients.rows import TaskGradients
-from lightning_mtl.engine.losses import TaskLosses
+from lightning_mtl.engine.gradients.task_losses import TaskLosses
 from lightning_mtl.gradient_balancers.min_norm import min_norm_weights
 
 Time = Callable[[int], float]  # seconds of a step, from so many

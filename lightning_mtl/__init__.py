@@ -112,3 +112,8 @@ __all__ = [
     "UncertaintyWeighting",
     "__version__",
 ]
+
+
+def __dir__() -> list[str]:
+    """Public names, without the rooms that they come from."""
+    return sorted(__all__)

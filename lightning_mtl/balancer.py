@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lightning_mtl.arguments import one_of
 from lightning_mtl.changed import settle
+from lightning_mtl.contract import TaskModule, other_trainer
 from lightning_mtl.numerics import inner, storage
 from lightning_mtl.state import Stateful
 
@@ -65,12 +66,9 @@ class Balancer(Stateful):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse a module that would never call the balancer; hide hooks with nothing to do."""
-        from lightning_mtl.module import MultiTaskModule
-        from lightning_mtl.trainer.supported import other_trainer
-
         if wrong := other_trainer(trainer):
             raise TypeError(wrong)
-        if stage == "fit" and not isinstance(pl_module, MultiTaskModule):
+        if stage == "fit" and not isinstance(pl_module, TaskModule):
             raise TypeError(
                 f"Expected {type(self).__name__} beside a MultiTaskModule but found "
                 f"{type(pl_module).__name__}, which would train as if it were not there. Let it "
@@ -152,6 +150,11 @@ class LossBalancer(Balancer):
     stateless: bool = False
     needs_losses_after: bool = False
 
+    @property
+    def all_ones(self) -> bool:
+        """Whether its weights are ones always, so that nothing has to be multiplied."""
+        return False
+
     def loss_weights(self, losses: Tensor) -> Tensor:
         r"""Loss weights :math:`\omega`, shape ``(T,)``.
 
@@ -198,6 +201,30 @@ class GradientBalancer(Balancer):
         self.products = int(gradients.partition("+")[2] or 0)
         self.representation: Tensor | None = None
         self._told_by: Any = None  # the task gradients that have set these
+
+    def tell(self, gradients: Any) -> None:
+        """Learn what the columns of the Jacobian are, from what takes the task gradients.
+
+        Wrapped balancers do, too. The flow calls it before every use.
+        """
+        if self._told_by is gradients:
+            return  # as in every step but the first
+        self._told_by = gradients
+        self.columns = gradients.columns
+        self.sum_shards = gradients.sum_shards  # type: ignore[method-assign] # for this run
+        self.shards = gradients.shards
+        self.representation = gradients.representation
+        for nested in self.nested().values():
+            if isinstance(nested, GradientBalancer):
+                nested.tell(gradients)
+
+    def forget(self) -> None:
+        """Let go of the task gradients that it was told of."""
+        self._told_by = self.representation = None
+        vars(self).pop("sum_shards", None)
+        for nested in self.nested().values():
+            if isinstance(nested, GradientBalancer):
+                nested.forget()
 
     @property
     def gramian_weighted(self) -> bool:

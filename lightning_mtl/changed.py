@@ -9,13 +9,10 @@ from __future__ import annotations
 
 import copy
 import inspect
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from lightning_mtl.state import Stateful
 
 # What is read when a fit begins.
 _AT_FIT = (
@@ -45,6 +42,22 @@ _OF_A_RUN = {
 }
 
 
+class Changeable(Protocol):
+    """What is asked here of a balancer: see :class:`~lightning_mtl.state.Stateful`."""
+
+    fixed_with_state: tuple[str, ...]
+    _defaults: dict[str, Any]
+    _given: dict[str, Any]
+    _settled: bool
+    _fitting: str
+    _known_tasks: tuple[str, ...]
+    _seed: int | None
+    _generator: torch.Generator | None
+
+    def nested(self) -> dict[str, Any]:
+        """Balancers that it wraps."""
+
+
 _arguments: dict[type, tuple[str, ...]] = {}  # by class, once they were asked for
 
 
@@ -61,7 +74,7 @@ def arguments(cls: type) -> tuple[str, ...]:
     return found
 
 
-def settle(balancer: Stateful) -> None:
+def settle(balancer: Changeable) -> None:
     """Take up what was changed between the constructor and a fit, before its tasks are known.
 
     Raises:
@@ -75,7 +88,7 @@ def settle(balancer: Stateful) -> None:
     note(balancer)
 
 
-def look(balancer: Stateful) -> None:
+def look(balancer: Changeable) -> None:
     """Take up what was changed inside a list or dict.
 
     Raises:
@@ -89,7 +102,7 @@ def look(balancer: Stateful) -> None:
             change(balancer, name, now)
 
 
-def change(balancer: Stateful, name: str, value: Any) -> None:
+def change(balancer: Changeable, name: str, value: Any) -> None:
     """Set an argument of a balancer in use.
 
     Raises:
@@ -127,13 +140,13 @@ def change(balancer: Stateful, name: str, value: Any) -> None:
     note(balancer)
 
 
-def _built(balancer: Stateful, name: str = "", value: Any = None) -> Stateful:
+def _built(balancer: Changeable, name: str = "", value: Any = None) -> Changeable:
     """Another balancer of the same arguments, but for one."""
     given = {n: getattr(balancer, n) for n in arguments(type(balancer))}
     return type(balancer)(**given if not name else {**given, name: value})
 
 
-def note(balancer: Stateful) -> None:
+def note(balancer: Changeable) -> None:
     """Mind changes from now on; keep copies of what can be changed from inside."""
     given = {n: getattr(balancer, n) for n in arguments(type(balancer))}
     inside = {n: copy.copy(v) for n, v in given.items() if isinstance(v, (dict, list))}

@@ -13,7 +13,7 @@ from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
-from lightning_mtl.engine.guards import OnBadLoss
+from lightning_mtl.contract import OnBadLoss, TaskModule
 from lightning_mtl.engine.losses import check_task_names, known_tasks
 from lightning_mtl.engine.record import StepRecord
 from lightning_mtl.engine.step import Flow
@@ -80,7 +80,7 @@ def _check_tasks(tasks: Mapping[str, Any]) -> None:
         )
 
 
-class MultiTaskModule(LightningModule):
+class MultiTaskModule(TaskModule):
     """A LightningModule whose task losses are balanced by the callbacks of its Trainer.
 
     Either declare ``tasks``, return ``{task: prediction}`` from ``forward`` and give batches
@@ -124,6 +124,9 @@ class MultiTaskModule(LightningModule):
         *("tasks", "task_names", "active_tasks", "training_tasks", "unbalanced_tasks", "last_step"),
     ]
 
+    _evaluation: Evaluation
+    _flow: Flow | None  # made anew by every fit
+
     def __init__(
         self,
         tasks: Mapping[str, Task] | Sequence[str] | None = None,
@@ -164,7 +167,7 @@ class MultiTaskModule(LightningModule):
         self._check_unbalanced()
         self.active_tasks = active_tasks
         self._evaluation = Evaluation(baseline, delta_p_metrics)
-        self._flow: Flow | None = None  # made anew by every fit
+        self._flow = None
 
     # ---------------------------------------------------------------- for users
 

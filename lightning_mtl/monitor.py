@@ -11,9 +11,9 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
+from lightning_mtl.contract import other_trainer
 from lightning_mtl.engine.record import StepRecord
 from lightning_mtl.metrics.gradients import conflict_rate, gradient_cosines, gradient_norms
-from lightning_mtl.trainer.supported import other_trainer
 
 
 def step_metrics(record: StepRecord) -> dict[str, float]:

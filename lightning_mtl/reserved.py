@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence, Set
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, get_args
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_mtl.arguments import one_of, whole
-from lightning_mtl.engine.guards import OnBadLoss
+from lightning_mtl.contract import OnBadLoss, TaskModule
 from lightning_mtl.engine.step import Flow
 from lightning_mtl.inherit import with_index
 from lightning_mtl.numerics.storage import Memory
 from lightning_mtl.task import Task
 from lightning_mtl.trainer.evaluation import Evaluation
-
-if TYPE_CHECKING:
-    from lightning_mtl.module import MultiTaskModule
 
 # Arguments that may also be set as attributes.
 _ARGUMENTS = (
@@ -59,7 +56,7 @@ RESERVED = frozenset([*_ARGUMENTS, *_METHODS, *_OWN])
 GUARDED = RESERVED | {_SWITCH}  # what `assigned` has to see
 
 
-def assigned(module: MultiTaskModule, name: str, value: Any) -> Any:
+def assigned(module: TaskModule, name: str, value: Any) -> Any:
     """What to store for an assignment: the value itself, if it may have that name.
 
     Raises:
@@ -98,13 +95,13 @@ def assigned(module: MultiTaskModule, name: str, value: Any) -> Any:
 
 def _no_switch(whose: str, value: Any) -> str:
     return (
-        f"`automatic_optimization = {value}` of {whose} has no effect: MultiTaskModule runs the "
+        f"`automatic_optimization = {value}` of {whose} has no effect: TaskModule runs the "
         f"backward passes and the steps itself, whatever is set. Remove it; a module with its own "
         f"manual optimisation stays a LightningModule."
     )
 
 
-def _argument(module: MultiTaskModule, name: str, value: Any) -> Any:
+def _argument(module: TaskModule, name: str, value: Any) -> Any:
     if name == "on_bad_loss":
         if not isinstance(value, str) or value not in get_args(OnBadLoss):
             raise ValueError(
@@ -127,7 +124,7 @@ def _argument(module: MultiTaskModule, name: str, value: Any) -> Any:
     return value  # its setter compares it with the declared tasks
 
 
-def _flag(module: MultiTaskModule, name: str, value: Any) -> bool:
+def _flag(module: TaskModule, name: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise TypeError(
             f"Expected `{name}` of {type(module).__name__} to be True or False but got {value!r}."

@@ -22,9 +22,9 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 import lightning_mtl
 from lightning_mtl import Balancer, EqualWeighting, MultiTaskModule, Scalarization
-from lightning_mtl.cli import MultiTaskCLI
 from lightning_mtl.compare import CompareError
 from lightning_mtl.compare.texts import error_text, shortened
+from lightning_mtl.parsing import MultiTaskCLI
 
 # What a run leaves out: it writes no files of its own and prints no bars.
 _QUIET = {

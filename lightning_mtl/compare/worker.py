@@ -23,7 +23,6 @@ import torch
 from lightning.pytorch import Callback, seed_everything
 
 from lightning_mtl import GradientBalancer
-from lightning_mtl.cli import use_current_directory
 from lightning_mtl.compare import CompareError
 from lightning_mtl.compare.build import RunCLI, callbacks_from
 from lightning_mtl.compare.folder import file_hash, leave_locks
@@ -31,6 +30,7 @@ from lightning_mtl.compare.grid import Run
 from lightning_mtl.compare.recorders import CurveRecorder, PeakMemory, StepTimer
 from lightning_mtl.compare.stopping import left_to_parent
 from lightning_mtl.compare.texts import error_text
+from lightning_mtl.parsing import use_current_directory
 
 _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 _TURNS = 5  # an odd number: the median is then one of them

@@ -7,18 +7,16 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from lightning_mtl.contract import TaskModule
 from lightning_mtl.engine.keep import changed, copied, iterator_in, places, versions
 from lightning_mtl.ranks import OneProcess
-
-if TYPE_CHECKING:
-    from lightning_mtl.module import MultiTaskModule
 
 
 @dataclass
@@ -70,7 +68,7 @@ class Reached(BaseException):
         self.representation = representation
 
 
-def remember(module: MultiTaskModule, batch: Any, batch_idx: int, balancer: str) -> Seen:
+def remember(module: TaskModule, batch: Any, batch_idx: int, balancer: str) -> Seen:
     """Note a micro-batch before its forward pass.
 
     Raises:
@@ -89,7 +87,7 @@ def remember(module: MultiTaskModule, batch: Any, batch_idx: int, balancer: str)
 
 
 def losses_again(
-    module: MultiTaskModule, seen: Sequence[Seen], tasks: Sequence[str], ranks: OneProcess
+    module: TaskModule, seen: Sequence[Seen], tasks: Sequence[str], ranks: OneProcess
 ) -> Tensor:
     """Mean losses of ``tasks`` over micro-batches and ranks with the parameters of now.
 
@@ -111,7 +109,7 @@ def losses_again(
 
 
 @contextmanager
-def _without_graph(module: MultiTaskModule, micro: Seen) -> Iterator[Mapping[str, Any]]:
+def _without_graph(module: TaskModule, micro: Seen) -> Iterator[Mapping[str, Any]]:
     """As :func:`replayed`, without a graph unless a loss takes gradients itself."""
     with ExitStack() as stack:
         losses = None
@@ -131,7 +129,7 @@ def _without_graph(module: MultiTaskModule, micro: Seen) -> Iterator[Mapping[str
 
 
 @contextmanager
-def replayed(module: MultiTaskModule, micro: Seen) -> Iterator[Mapping[str, Any]]:
+def replayed(module: TaskModule, micro: Seen) -> Iterator[Mapping[str, Any]]:
     """The task losses of a micro-batch once more, with the parameters of now.
 
     The same dropout masks as before. Buffers (BatchNorm), metrics, random state and the log are
@@ -151,7 +149,7 @@ def replayed(module: MultiTaskModule, micro: Seen) -> Iterator[Mapping[str, Any]
         torch.clear_autocast_cache()
 
 
-def _losses(module: MultiTaskModule, micro: Seen) -> Mapping[str, Any]:
+def _losses(module: TaskModule, micro: Seen) -> Mapping[str, Any]:
     """What ``task_losses`` returns for the batch as it was."""
     try:
         losses = module.task_losses(copied(micro.batch), micro.batch_idx)
@@ -176,7 +174,7 @@ def _losses(module: MultiTaskModule, micro: Seen) -> Mapping[str, Any]:
 
 
 @contextmanager
-def _unseen(module: MultiTaskModule) -> Iterator[None]:
+def _unseen(module: TaskModule) -> Iterator[None]:
     """Put buffers and metrics back afterwards, and log nothing."""
     # Copies take the place of buffers: the graph of the step may have saved these. With the dict
     # that holds them, since a module may put a new tensor there.

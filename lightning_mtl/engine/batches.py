@@ -5,13 +5,12 @@ from __future__ import annotations
 import difflib
 import weakref
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from lightning_mtl.module import MultiTaskModule
+from lightning_mtl.contract import TaskModule
 
 _told: weakref.WeakKeyDictionary[Any, set[str]] = weakref.WeakKeyDictionary()
 
@@ -29,12 +28,12 @@ def described(value: Any, depth: int = 0) -> str:
     return f"a {type(value).__name__}"
 
 
-def target_keys(module: MultiTaskModule) -> dict[str, str]:
+def target_keys(module: TaskModule) -> dict[str, str]:
     """The task whose target is under a key, for every key."""
     return {task.target or name: name for name, task in module.tasks.items()}
 
 
-def check_keys(module: MultiTaskModule, name: str, targets: Mapping[str, Any]) -> None:
+def check_keys(module: TaskModule, name: str, targets: Mapping[str, Any]) -> None:
     """Tell a misspelled key from a task without labels.
 
     Args:

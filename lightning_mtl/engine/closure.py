@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer import call
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
+from lightning_mtl.balancer import GradientBalancer, LossBalancer
+from lightning_mtl.contract import Loop, TaskModule
+from lightning_mtl.engine.forms.backward import Backward
+from lightning_mtl.engine.gradients.task_losses import TaskLosses
 from lightning_mtl.engine.group import Group
-from lightning_mtl.engine.losses import TaskLosses
-from lightning_mtl.trainer.stepping import without_autocast, zero_grad
-
-if TYPE_CHECKING:
-    from lightning_mtl.engine.step import Flow
-
+from lightning_mtl.ranks import OneProcess
 
 # PyTorch's own begin with one call.
 _ONCE = {
@@ -28,6 +28,35 @@ _ONCE = {
 
 def _overridden(module: LightningModule) -> bool:
     return type(module).optimizer_step is not LightningModule.optimizer_step
+
+
+class Running(Protocol):
+    """What a closure asks of the training flow."""
+
+    module: TaskModule
+    trainer: Trainer
+    loop: Loop
+    ranks: OneProcess
+    backward: Backward
+    balancers: list[Any]
+    loss_balancer: LossBalancer
+    gradient_balancer: GradientBalancer | None
+    closure: Closure | None
+    first_step: bool
+    called_again: bool
+
+    def read_losses(self, batch: Any, batch_idx: int) -> TaskLosses:
+        """The losses of a micro-batch, checked."""
+
+    def late(self) -> bool:
+        """Whether losses are looked at together with the gradients."""
+
+
+def without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """Exact arithmetic, after a forward pass under autocast."""
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
 
 
 class Closure:
@@ -49,7 +78,7 @@ class Closure:
 
     def __init__(
         self,
-        flow: Flow,
+        flow: Running,
         batch: Any,
         batch_idx: int,
         group: Group,
@@ -162,7 +191,7 @@ class Closure:
         if not flow.loss_balancer.needs_current_losses:
             group.loss_weights = self.group.loss_weights  # such as were drawn for this step
         if self.batch_idx % self._every == 0:
-            zero_grad(flow.trainer, self.batch_idx, flow.backward.hooks)
+            flow.loop.zero_grad(self.batch_idx, flow.backward.hooks)
         group.skip |= not any(group.counts)
         total = None if group.skip else flow.backward.run(losses, group, stepping=True)
         if total is None or group.skip:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_mtl.balancer import Balancer, at_least_float32
 from lightning_mtl.engine.again import Seen
-from lightning_mtl.engine.losses import TaskLosses
+from lightning_mtl.engine.gradients.task_losses import TaskLosses
 from lightning_mtl.engine.record import StepRecord
 
 Form = Literal["sum", "rows", "reuse", "probe", "perturbed"]

@@ -3,17 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-from torch import Tensor
-
-if TYPE_CHECKING:
-    from lightning_mtl.balancer import Balancer
-    from lightning_mtl.engine.forms.backward import Backward
-    from lightning_mtl.engine.group import Group
-    from lightning_mtl.engine.losses import TaskLosses
-
-OnBadLoss = Literal["raise", "skip_task", "skip_step", "ignore"]
+from lightning_mtl.balancer import Balancer
+from lightning_mtl.contract import OnBadLoss
 
 _LOOK = (
     "Look for a square root or a division at zero in that loss, or lower the learning rate; "
@@ -150,31 +143,3 @@ def bad_sum(tasks: Sequence[str], *, on_bad_loss: OnBadLoss, step: int) -> None:
             f"{_LOOK} With GradientMonitor(every_n_steps=1) among the callbacks this message names "
             f"the task."
         )
-
-
-def run_or_leave_out(
-    backward: Backward, losses: TaskLosses, group: Group, *, stepping: bool
-) -> Tensor | None:
-    """The backward pass of a micro-batch; the step is left out if a balancer cannot do with it.
-
-    With ``on_bad_loss`` ``"skip_task"`` or ``"skip_step"``: no task is at fault that could be left
-    out alone. A balancer whose own state is not finite would fail in every step from here on, so
-    that is an error in any case.
-
-    Raises:
-        NotFiniteError: weights or a direction are not finite.
-    """
-    try:
-        return backward.run(losses, group, stepping=stepping)
-    except NotFiniteError:
-        balancers = [b for b in (backward.loss_balancer, backward.gradient_balancer) if b]
-        spoilt = any(b.not_finite() for b in balancers)
-        ranks = backward.layout.ranks
-        if not ranks.alone:
-            spoilt = any(ranks.gather(spoilt))
-        if spoilt or backward.module.on_bad_loss not in ("skip_task", "skip_step"):
-            raise
-        group.skip = group.dropped = True
-        for p in backward.trained():
-            p.grad = None
-        return None

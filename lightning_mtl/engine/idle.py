@@ -8,8 +8,11 @@ from collections.abc import Iterable, Sequence
 from torch import Tensor
 
 from lightning_mtl.balancer import Balancer
+from lightning_mtl.contract import OnBadLoss
+from lightning_mtl.engine.forms.backward import Backward
+from lightning_mtl.engine.gradients.task_losses import TaskLosses
 from lightning_mtl.engine.group import Group
-from lightning_mtl.engine.guards import OnBadLoss
+from lightning_mtl.engine.guards import NotFiniteError
 
 
 class Idle:
@@ -117,3 +120,31 @@ def draw_again(before: Iterable[tuple[Balancer, Tensor | None]]) -> None:
             balancer._generator = None
         else:
             balancer.generator.set_state(state)
+
+
+def run_or_leave_out(
+    backward: Backward, losses: TaskLosses, group: Group, *, stepping: bool
+) -> Tensor | None:
+    """The backward pass of a micro-batch; the step is left out if a balancer cannot do with it.
+
+    With ``on_bad_loss`` ``"skip_task"`` or ``"skip_step"``: no task is at fault that could be left
+    out alone. A balancer whose own state is not finite would fail in every step from here on, so
+    that is an error in any case.
+
+    Raises:
+        NotFiniteError: weights or a direction are not finite.
+    """
+    try:
+        return backward.run(losses, group, stepping=stepping)
+    except NotFiniteError:
+        balancers = [b for b in (backward.loss_balancer, backward.gradient_balancer) if b]
+        spoilt = any(b.not_finite() for b in balancers)
+        ranks = backward.layout.ranks
+        if not ranks.alone:
+            spoilt = any(ranks.gather(spoilt))
+        if spoilt or backward.module.on_bad_loss not in ("skip_task", "skip_step"):
+            raise
+        group.skip = group.dropped = True
+        for p in backward.trained():
+            p.grad = None
+        return None

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch._functorch.config
@@ -15,17 +15,19 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_mtl.balancer import GradientBalancer, LossBalancer, at_least_float32
+from lightning_mtl.contract import Loop, TaskModule
 from lightning_mtl.engine.again import Reached, Seen, losses_again, remember
-from lightning_mtl.engine.closure import Closure
+from lightning_mtl.engine.closure import Closure, without_autocast
 from lightning_mtl.engine.forms.backward import Backward
 from lightning_mtl.engine.forms.perturbed import Perturbing
 from lightning_mtl.engine.forms.probe import check_behind
 from lightning_mtl.engine.gradients.layout import Layout
+from lightning_mtl.engine.gradients.task_losses import TaskLosses
 from lightning_mtl.engine.group import Group
-from lightning_mtl.engine.guards import limit_of, run_or_leave_out
-from lightning_mtl.engine.idle import Idle, draw_again, random_states
+from lightning_mtl.engine.guards import limit_of
+from lightning_mtl.engine.idle import Idle, draw_again, random_states, run_or_leave_out
 from lightning_mtl.engine.lonely import Lonely
-from lightning_mtl.engine.losses import TaskLosses, check_task_names, check_total, read_losses
+from lightning_mtl.engine.losses import check_task_names, check_total, read_losses
 from lightning_mtl.engine.record import StepRecord
 from lightning_mtl.engine.stages import (
     attached_balancers,
@@ -39,18 +41,6 @@ from lightning_mtl.engine.two_stages import of_all, own_head_weights
 from lightning_mtl.loss_balancers import EqualWeighting
 from lightning_mtl.ranks import ranks_of
 from lightning_mtl.saved import entry, names_in
-from lightning_mtl.trainer.stepping import (
-    listened,
-    log_losses,
-    losses_due,
-    step_optimizers,
-    without_autocast,
-    zero_grad,
-)
-from lightning_mtl.trainer.supported import check_batches
-
-if TYPE_CHECKING:
-    from lightning_mtl.module import MultiTaskModule
 
 
 class Flow:
@@ -59,9 +49,11 @@ class Flow:
     Args:
         module: whose losses are balanced.
         trainer: whose callbacks hold the balancers, and whose flags apply.
+        loop: what lets its optimizers step.
     """
 
-    def __init__(self, module: MultiTaskModule, trainer: Trainer) -> None:
+    def __init__(self, module: TaskModule, trainer: Trainer, loop: Loop) -> None:
+        self.loop = loop
         self.module = module
         self.trainer = trainer
         callbacks = trainer.callbacks  # type: ignore[attr-defined] # set by a connector
@@ -114,7 +106,7 @@ class Flow:
             self.mark = torch.compiler.disable(self.mark)  # type: ignore[method-assign]
         if module.task_names:
             self._check_tasks()
-        check_batches(trainer, self.gradient_balancer)
+        loop.check(self.gradient_balancer)
         self._every = trainer.accumulate_grad_batches
 
     # ------------------------------------------------------------------ a batch
@@ -128,7 +120,7 @@ class Flow:
             return self.read_losses(batch, batch_idx).total()
         if batch_idx == 0 or not self._heard:
             self._heard = True
-            self.backward.hooks = listened(self.trainer, self.module)
+            self.backward.hooks = self.loop.listened()
         if self._group is None or batch_idx % self.trainer.accumulate_grad_batches == 0:
             self._group = None  # a group that was cut short does not go on in another epoch
             asked = [o.wants_jacobian(self.trainer, self.module) for o in self.observers]
@@ -230,7 +222,7 @@ class Flow:
         losses.counted |= self._counted
         self._counted = losses.counted
         if self._group is None:
-            zero_grad(trainer, batch_idx, self.backward.hooks)
+            self.loop.zero_grad(batch_idx, self.backward.hooks)
             self._group = self._begin_group(losses, single=stepping)
         group = self._group
         group.add(losses)
@@ -252,15 +244,15 @@ class Flow:
                 self._lonely = None
             loss = None if total is None else total.detach()
             closure = partial(Closure, self, batch, batch_idx, group, loss)
-            if step_optimizers(trainer, batch_idx, closure):
+            if self.loop.step(batch_idx, closure):
                 self._learn(group)
                 self._idle.stepped()
             else:
                 self._idle.overflowed(self.backward.scale)
             self.first_step = False
             self.layout.grow(self.gradient_balancer, trainer.optimizers)
-            if not group.overflow and losses_due(trainer):
-                log_losses(self.module, self.record())
+            if not group.overflow and self.loop.losses_due():
+                self._log_losses()
         elif stepping:
             draw_again(group.drawn)
             self._idle.left_out(group, self.module.training_tasks)
@@ -291,7 +283,7 @@ class Flow:
             narrow = blocks or balancer.gradients != "parameters"
             self.layout.probing = narrow and len(tasks) > 1
             if self.trainer.accumulate_grad_batches != self._every:  # a callback may change it
-                check_batches(self.trainer, balancer)
+                self.loop.check(balancer)
                 self._every = self.trainer.accumulate_grad_batches
             group.form = "probe" if self.layout.probing else "rows"
             if self._perturbed:
@@ -358,6 +350,11 @@ class Flow:
             raise Reached(representation)
         if torch.is_grad_enabled():
             self._representation.append(representation)
+
+    def _log_losses(self) -> None:
+        record = self.record()
+        if record is not None:
+            self.loop.log_losses(record.tasks, record.losses)
 
     def _learn(self, group: Group) -> None:
         """Let balancers learn from a step that was taken."""

@@ -5,23 +5,73 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
-from typing import overload
+from typing import Protocol, overload
 
 import torch
 from torch import Tensor
 
-from lightning_mtl.balancer import Balancer, GradientBalancer, LossBalancer
-from lightning_mtl.engine.forms.probe import Probe
-from lightning_mtl.engine.forms.products import Products
-from lightning_mtl.engine.gradients.rows import TaskGradients
+from lightning_mtl.balancer import Balancer, Columns, GradientBalancer, LossBalancer
 from lightning_mtl.engine.guards import NotFiniteError
 from lightning_mtl.engine.record import StepRecord
-from lightning_mtl.loss_balancers import EqualWeighting
 from lightning_mtl.numerics.estimate import estimated
+from lightning_mtl.state import Shards
+
+
+class Rows(Protocol):
+    """Task gradients as the two stages see them, whichever way they were taken.
+
+    Attributes:
+        num_tasks: T.
+        kept: whether the rows are those of the whole fit, begun anew in each step.
+        corrects: whether they stand for others, of which :meth:`product` knows more.
+        columns: what the columns of the rows are.
+        shards: how columns are divided over processes.
+        representation: what the columns stand for, if it is the shared representation.
+    """
+
+    num_tasks: int
+    kept: bool
+    corrects: bool
+
+    @property
+    def columns(self) -> Columns:
+        """What the columns of the rows are."""
+
+    @property
+    def shards(self) -> Shards | None:
+        """How columns are divided over processes."""
+
+    @property
+    def representation(self) -> Tensor | None:
+        """The shared representation, if the columns stand for it."""
+
+    def sum_shards(self, partial: Tensor) -> Tensor:
+        """Sums over columns, completed over processes."""
+
+    def along(self, rows: Tensor, direction: Tensor) -> Tensor:
+        """Inner products of rows with the direction."""
+
+    def length(self, direction: Tensor) -> Tensor:
+        """Norm of the direction."""
+
+    def combine(self, weights: Tensor) -> Tensor:
+        """The weighted sum of the rows."""
+
+    def product(self, weights: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The Gramian of all shared parameters times weights, and estimates of that Gramian."""
+
+    def write_shared(self, direction: Tensor, *, every_column: bool) -> None:
+        """Make the direction the ``.grad`` of the shared parameters."""
+
+    def write_heads(self, weights: Tensor | None) -> None:
+        """Make the weighted head gradients the ``.grad`` of the other parameters."""
+
+    def note_late(self) -> None:
+        """Look for parameters that turn out to be shared."""
 
 
 def aggregate(
-    gradients: TaskGradients | Probe,
+    gradients: Rows,
     jacobian: Tensor,
     losses: Tensor,
     counts: Sequence[float],
@@ -80,7 +130,7 @@ def aggregate(
     means = omega = weights = None
     if any(counts[t] != 1 for t in present):
         means = losses.new_tensor([1.0 / counts[t] for t in present], dtype=torch.float64)
-    if type(loss_balancer) is not EqualWeighting:
+    if not loss_balancer.all_ones:
         with loss_balancer.only(tasks, rows):
             found = loss_balancer.loss_weights(losses)
             omega = checked(found, loss_balancer, losses, look=look).double()
@@ -90,7 +140,7 @@ def aggregate(
         gramian = gramian if means is None else gramian * torch.outer(means, means)
 
     if gradient_balancer is not None:
-        _tell(gradient_balancer, gradients)
+        gradient_balancer.tell(gradients)
     with gradient_balancer.only(tasks, inside) if gradient_balancer else nullcontext():
         if gradient_balancer is not None and not gradient_balancer.gramian_weighted:
             every_column = True  # an average of earlier steps moves what this one does not reach
@@ -122,7 +172,7 @@ def aggregate(
             if gradient_balancer is not None:
                 assert gramian is not None
                 exact = losses.double()
-                if isinstance(gradients, Products):
+                if gradients.corrects:
                     gramian = _by_products(
                         gradients, gradient_balancer, gramian, exact, means, omega, rows, part
                     )
@@ -156,8 +206,8 @@ def aggregate(
     if head_weights is not None:
         head_weights = of_all(head_weights, rows, len(tasks), losses).to(losses)
     gradients.write_heads(head_weights)
-    if isinstance(gradients, Probe) and gradient_balancer is not None:
-        _forget(gradient_balancer)  # its rows are those of one step
+    if gradient_balancer is not None and not gradients.kept:
+        gradient_balancer.forget()  # its rows are those of one step
     return lambda: StepRecord(
         tasks=tuple(tasks[t] for t in present),
         losses=losses,
@@ -174,7 +224,7 @@ def _outer(gramian: Tensor, factors: Tensor | None) -> Tensor:
 
 
 def _by_products(
-    gradients: Products,
+    gradients: Rows,
     balancer: GradientBalancer,
     gramian: Tensor,
     losses: Tensor,
@@ -188,7 +238,7 @@ def _by_products(
     for _ in range(balancer.products):
         weights = _product(omega, _trial(balancer, _outer(gramian, omega), losses, part))
         asked.append(weights)
-        each = of_all(_product(means, weights), rows, gradients.gradients.num_tasks, losses)
+        each = of_all(_product(means, weights), rows, gradients.num_tasks, losses)
         product, estimates = gradients.product(each)
         if rows is not None:
             product, estimates = product[rows], [e[rows][:, rows] for e in estimates]
@@ -212,29 +262,6 @@ def _trial(
 def own_head_weights(balancer: GradientBalancer) -> bool:
     """Whether head gradients get other weights than the direction."""
     return type(balancer).head_weights is not GradientBalancer.head_weights
-
-
-def _tell(balancer: GradientBalancer, gradients: TaskGradients | Probe) -> None:
-    """Tell a balancer, and those it wraps, what the columns of the Jacobian are."""
-    if vars(balancer).get("_told_by") is gradients:
-        return  # as in every step but the first
-    balancer._told_by = gradients
-    balancer.columns = gradients.columns
-    balancer.sum_shards = gradients.sum_shards  # type: ignore[method-assign] # for this run
-    balancer.shards = gradients.shards
-    balancer.representation = getattr(gradients, "representation", None)
-    for nested in balancer.nested().values():
-        if isinstance(nested, GradientBalancer):
-            _tell(nested, gradients)
-
-
-def _forget(balancer: GradientBalancer) -> None:
-    """Let go of the task gradients that a balancer was told of."""
-    balancer._told_by = balancer.representation = None
-    vars(balancer).pop("sum_shards", None)
-    for nested in balancer.nested().values():
-        if isinstance(nested, GradientBalancer):
-            _forget(nested)
 
 
 def checked(weights: Tensor, balancer: Balancer, losses: Tensor, *, look: bool = True) -> Tensor:
@@ -284,9 +311,7 @@ def _not_finite(vector: Tensor) -> Tensor:
     return low * 0 + high * 0
 
 
-def _check_direction(
-    direction: Tensor, gradients: TaskGradients | Probe, balancer: Balancer
-) -> None:
+def _check_direction(direction: Tensor, gradients: Rows, balancer: Balancer) -> None:
     """Refuse a direction that is not finite, on every rank alike.
 
     Raises:

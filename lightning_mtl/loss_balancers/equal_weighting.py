@@ -29,6 +29,11 @@ class EqualWeighting(LossBalancer):
     needs_current_losses = False
     stateless = True
 
+    @property
+    def all_ones(self) -> bool:
+        """They are, unless a subclass has others."""
+        return type(self).loss_weights is EqualWeighting.loss_weights
+
     def loss_weights(self, losses: Tensor) -> Tensor:
         """Ones.
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from lightning_mtl.module import MultiTaskModule
+from lightning_mtl.contract import TaskModule, base_of
 
 _STEPS = ("training_step", "validation_step", "test_step", "predict_step")
 
 
-def compile_losses(module: MultiTaskModule) -> None:
+def compile_losses(module: TaskModule) -> None:
     """Compile a user's ``task_losses`` in place of our steps, as ``torch.compile(module)`` asks.
 
     Lightning unwraps a compiled module and compiles its ``forward`` and its steps. A step of ours
@@ -19,14 +16,13 @@ def compile_losses(module: MultiTaskModule) -> None:
     Args:
         module: whose ``forward`` is compiled by now, if it is.
     """
-    from lightning_mtl.module import MultiTaskModule
-
     if module._compiler_ctx is None:
         return
+    base = base_of(module)
     for name in _STEPS:
-        if getattr(type(module), name) is getattr(MultiTaskModule, name):
+        if getattr(type(module), name) is getattr(base, name):
             vars(module).pop(name, None)
-    own = type(module).task_losses is not MultiTaskModule.task_losses
+    own = type(module).task_losses is not base.task_losses
     if own and not hasattr(module.task_losses, "_torchdynamo_orig_callable"):
         compiled = module._compiler_ctx["dynamo_ctx"](module.task_losses)
         module.task_losses = compiled  # type: ignore[method-assign] # as Lightning does

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
+from lightning_mtl.contract import TaskModule
 from lightning_mtl.engine.batches import check_keys, described, target_keys
 from lightning_mtl.engine.losses import _with_count, known_tasks
 from lightning_mtl.metrics.delta_p import _check_names, delta_p, load_baseline
 from lightning_mtl.task import STAGES
 from lightning_mtl.trainer.joined import Means, agreed, alone, compute, log, means, of_all, state_of
 from lightning_mtl.trainer.samples import samples, samples_of_batch
-
-if TYPE_CHECKING:
-    from lightning_mtl.module import MultiTaskModule
 
 
 class Evaluation:
@@ -41,22 +39,20 @@ class Evaluation:
         self._told: set[str] = set()
         self.begin()
 
-    def reset(self, module: MultiTaskModule) -> None:
+    def reset(self, module: TaskModule) -> None:
         """Reset all metrics: ``validate`` leaves inference tensors, which ``fit`` refuses."""
         self.begin()
         for task in module.tasks.values():
             for stage in STAGES:
                 task.stage(stage).reset()
 
-    def losses(self, module: MultiTaskModule, batch: Any) -> dict[str, Any]:
+    def losses(self, module: TaskModule, batch: Any) -> dict[str, Any]:
         """Losses of the declared tasks in a batch ``(inputs, {task: target})``."""
         inputs, targets = _split(module, batch)
         return self._losses(module, module(inputs), targets)
 
     @staticmethod
-    def _losses(
-        module: MultiTaskModule, predictions: Any, targets: Mapping[str, Any]
-    ) -> dict[str, Any]:
+    def _losses(module: TaskModule, predictions: Any, targets: Mapping[str, Any]) -> dict[str, Any]:
         if not isinstance(predictions, Mapping):
             raise TypeError(
                 f"Expected `forward` to return a dict {{task: prediction}} but got "
@@ -81,7 +77,7 @@ class Evaluation:
             losses[name] = loss if count is None else (loss, count)
         return losses
 
-    def total(self, module: MultiTaskModule, batch: Any, batch_idx: int) -> Tensor | None:
+    def total(self, module: TaskModule, batch: Any, batch_idx: int) -> Tensor | None:
         """The sum of the losses of a batch, for a ``training_step`` called in evaluation."""
         losses = self._with_gradients(lambda given: module.task_losses(given, batch_idx), batch)
         found = [torch.as_tensor(loss).detach() for _, loss, _ in _read(module, losses)]
@@ -95,7 +91,7 @@ class Evaluation:
         self._values: dict[str, Any] = {}  # what was logged
 
     def step(
-        self, module: MultiTaskModule, batch: Any, batch_idx: int, stage: str, dataloader_idx: int
+        self, module: TaskModule, batch: Any, batch_idx: int, stage: str, dataloader_idx: int
     ) -> None:
         """Measure losses and metrics of one batch."""
         if module._trainer is not None:  # a `test_step` that calls `validation_step` tests
@@ -152,7 +148,7 @@ class Evaluation:
                 "mode that are not part of the batch. Use `Trainer(inference_mode=False)`."
             ) from error
 
-    def end(self, module: MultiTaskModule, stage: str) -> None:
+    def end(self, module: TaskModule, stage: str) -> None:
         """Log what one process would have measured on the data of all."""
         trainer = module.trainer
         tasks = {name: module.tasks[name] for name in module.training_tasks if name in module.tasks}
@@ -213,7 +209,7 @@ class Evaluation:
             self._told.add(name)
             rank_zero_info(f"`{name}` is not a number and is not logged.")
 
-    def directions(self, module: MultiTaskModule) -> dict[str, dict[str, bool]]:
+    def directions(self, module: TaskModule) -> dict[str, dict[str, bool]]:
         """``{task: {logged name: higher is better}}`` with the names that validation logs."""
         if self.delta_p_metrics is not None:
             if module.task_names:
@@ -226,7 +222,7 @@ class Evaluation:
             if name in module.training_tasks
         }
 
-    def check_baseline(self, module: MultiTaskModule) -> None:
+    def check_baseline(self, module: TaskModule) -> None:
         """Refuse a baseline of other tasks or metrics before anything runs."""
         if self.baseline is None:
             return
@@ -244,7 +240,7 @@ class Evaluation:
             _check_names(f"metric of task '{task}'", found, baseline[task])
 
     def _compared(
-        self, module: MultiTaskModule, directions: Mapping[str, Any]
+        self, module: TaskModule, directions: Mapping[str, Any]
     ) -> dict[str, dict[str, float]]:
         """The baseline without the tasks that `active_tasks` leaves out."""
         assert self.baseline is not None
@@ -252,7 +248,7 @@ class Evaluation:
         left_out = declared.difference(module.training_tasks or declared)
         return {t: m for t, m in self.baseline.items() if t in directions or t not in left_out}
 
-    def log_delta_p(self, module: MultiTaskModule, stage: str) -> None:
+    def log_delta_p(self, module: TaskModule, stage: str) -> None:
         """Log ``<stage>/delta_p`` and ``<stage>/delta_p/<task>`` in percent."""
         if self.baseline is None or module.trainer.sanity_checking:
             return
@@ -271,7 +267,7 @@ class Evaluation:
         for task, value in by_task.items():
             log(module, f"{stage}/delta_p/{task}", value)
 
-    def _check_delta_p(self, module: MultiTaskModule, stage: str) -> None:
+    def _check_delta_p(self, module: TaskModule, stage: str) -> None:
         """Refuse a metric of several numbers in Δp: in the sanity check, before training."""
         if self.baseline is None:
             return
@@ -318,7 +314,7 @@ def metric_key(task: str, name: str) -> str:
     return name
 
 
-def _split(module: MultiTaskModule, batch: Any) -> tuple[Any, Mapping[str, Any]]:
+def _split(module: TaskModule, batch: Any) -> tuple[Any, Mapping[str, Any]]:
     if not module.tasks:
         raise NotImplementedError(
             f"{type(module).__name__} declares no tasks and does not override `task_losses`. Pass "
@@ -334,7 +330,7 @@ def _split(module: MultiTaskModule, batch: Any) -> tuple[Any, Mapping[str, Any]]
     return batch[0], batch[1]
 
 
-def _read(module: MultiTaskModule, losses: Any) -> Iterator[tuple[str, Any, float | None]]:
+def _read(module: TaskModule, losses: Any) -> Iterator[tuple[str, Any, float | None]]:
     """``(task, loss, number of labels if given)`` of the active tasks that are there."""
     if not isinstance(losses, Mapping):
         raise TypeError(

@@ -9,7 +9,7 @@ refuses several), and everything else is Lightning's own code, unchanged.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
@@ -22,14 +22,13 @@ from lightning.pytorch.core.optimizer import (
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.nn.parallel import DistributedDataParallel
 
+from lightning_mtl.contract import TaskModule
 from lightning_mtl.engine.step import Flow
 from lightning_mtl.saved import entry
 from lightning_mtl.trainer.compiled import compile_losses
 from lightning_mtl.trainer.resume import get_rng, restore_loader, rng_of, set_rng, sync_progress
+from lightning_mtl.trainer.stepping import Stepping
 from lightning_mtl.trainer.supported import check_optimizers, explain_folder, watch_own_steps
-
-if TYPE_CHECKING:
-    from lightning_mtl.module import MultiTaskModule
 
 
 class TrainerFlags(Callback):
@@ -43,7 +42,7 @@ class TrainerFlags(Callback):
     on_before_optimizer_step: Any = None
     on_train_batch_end: Any = None
 
-    def __init__(self, module: MultiTaskModule) -> None:
+    def __init__(self, module: TaskModule) -> None:
         self.module = module
         self.flow: Flow | None = None
         self._schedulers: list[Any] | None = None
@@ -68,7 +67,9 @@ class TrainerFlags(Callback):
             self.module._evaluation.check_baseline(self.module)
         if stage == "fit":
             self._rng = None
-            self.flow = self.module._flow = Flow(self.module, trainer)
+            self.flow = self.module._flow = Flow(
+                self.module, trainer, Stepping(trainer, self.module)
+            )
             self._capture_schedulers()
 
     def _capture_schedulers(self) -> None:

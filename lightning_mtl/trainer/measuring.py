@@ -6,13 +6,12 @@ import functools
 import inspect
 from collections.abc import Callable
 from types import MethodType
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 from lightning.pytorch import Callback
 from torch.nn.parallel import DistributedDataParallel
 
-if TYPE_CHECKING:
-    from lightning_mtl.module import MultiTaskModule
+from lightning_mtl.contract import TaskModule
 
 Step = TypeVar("Step", bound=Callable[..., Any])
 
@@ -33,7 +32,7 @@ class Measuring(Callback):
     on_after_backward: Any = None
     on_before_optimizer_step: Any = None
 
-    def __init__(self, module: MultiTaskModule) -> None:
+    def __init__(self, module: TaskModule) -> None:
         self.module = module
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
@@ -69,7 +68,7 @@ def with_delta_p(hook: Callable[..., Any], stage: str) -> Callable[..., Any]:
     """Log Δp after the end of an epoch, in which a module may log what Δp is made of."""
 
     @functools.wraps(hook)
-    def ended(self: MultiTaskModule) -> None:
+    def ended(self: TaskModule) -> None:
         hook(self)
         if getattr(type(self), hook.__name__) is ended:  # not for one that `super()` called
             self._evaluation.log_delta_p(self, stage)

@@ -12,18 +12,13 @@ from lightning.pytorch.callbacks import BackboneFinetuning, BatchSizeFinder, Lea
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from lightning_mtl.contract import PACKAGES, TaskModule, base_of
 from lightning_mtl.engine.forms.perturbed import Perturbing
 
 if TYPE_CHECKING:
     from lightning_mtl.balancer import Balancer, GradientBalancer
     from lightning_mtl.engine.step import Flow
-    from lightning_mtl.module import MultiTaskModule
 
-_PACKAGES = (
-    "`pytorch_lightning` and `lightning.pytorch` are different packages with the same names, and "
-    "lightning_mtl works with `lightning`: import Trainer, LightningModule, callbacks and loggers "
-    "from `lightning.pytorch`."
-)
 _CURES = {
     LearningRateFinder: (
         "it replaces the Trainer's callbacks while it searches, so the balancers would take no "
@@ -41,14 +36,12 @@ _CURES = {
 }
 
 
-def check_trainer(trainer: Trainer, module: MultiTaskModule, callbacks: Sequence[Callback]) -> None:
+def check_trainer(trainer: Trainer, module: TaskModule, callbacks: Sequence[Callback]) -> None:
     """Refuse combinations that would train something else than the user asked for."""
-    from lightning_mtl.module import MultiTaskModule
-
-    name = type(module).__name__
-    if type(module).training_step is not MultiTaskModule.training_step:
-        owner = next(base for base in type(module).__mro__ if "training_step" in vars(base))
-        if not issubclass(owner, MultiTaskModule):
+    name, base = type(module).__name__, base_of(module)
+    if type(module).training_step is not base.training_step:
+        owner = next(c for c in type(module).__mro__ if "training_step" in vars(c))
+        if not issubclass(owner, base):
             raise MisconfigurationException(
                 f"{name} has the `training_step` of {owner.__name__}, which adds its losses up. "
                 f"Define `task_losses(self, batch, batch_idx)` in {name} and return a dict "
@@ -138,7 +131,7 @@ def explain_folder(trainer: Trainer, exception: BaseException) -> None:
         )
 
 
-def check_optimizers(trainer: Trainer, module: MultiTaskModule) -> None:
+def check_optimizers(trainer: Trainer, module: TaskModule) -> None:
     """Refuse an optimizer that evaluates the loss several times a step beside balancers."""
     if module._flow is None or not module._flow.balancers:
         return
@@ -156,14 +149,8 @@ def refuse_other_package(cls: type) -> None:
     for base in cls.__mro__:
         if base.__module__.partition(".")[0] == "pytorch_lightning":
             raise TypeError(
-                f"{cls.__name__} derives from {base.__module__}.{base.__name__}. {_PACKAGES}"
+                f"{cls.__name__} derives from {base.__module__}.{base.__name__}. {PACKAGES}"
             )
-
-
-def other_trainer(trainer: Any) -> str:
-    """What is wrong with a Trainer of ``pytorch_lightning``; empty for one of ``lightning``."""
-    foreign = type(trainer).__module__.partition(".")[0] == "pytorch_lightning"
-    return f"The Trainer is that of `pytorch_lightning`. {_PACKAGES}" if foreign else ""
 
 
 def own_step(found: str) -> MisconfigurationException:

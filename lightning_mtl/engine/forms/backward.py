@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_mtl.balancer import GradientBalancer, LossBalancer
+from lightning_mtl.contract import TaskModule
 from lightning_mtl.engine.forms.blocks import Blocks
 from lightning_mtl.engine.forms.perturbed import perturbed_rows
 from lightning_mtl.engine.forms.probe import Probe, check_shared, open_probe
@@ -20,15 +21,12 @@ from lightning_mtl.engine.gradients.fsdp2 import locals_of
 from lightning_mtl.engine.gradients.host import non_finite, to_host
 from lightning_mtl.engine.gradients.layout import Layout, no_shared
 from lightning_mtl.engine.gradients.rows import TaskGradients
+from lightning_mtl.engine.gradients.task_losses import TaskLosses
 from lightning_mtl.engine.group import Group
 from lightning_mtl.engine.guards import Limit, bad_gradients, bad_losses, bad_sum
-from lightning_mtl.engine.losses import TaskLosses, check_every_task
+from lightning_mtl.engine.losses import check_every_task
 from lightning_mtl.engine.record import StepRecord
 from lightning_mtl.engine.two_stages import aggregate, checked, of_all
-from lightning_mtl.loss_balancers import EqualWeighting
-
-if TYPE_CHECKING:
-    from lightning_mtl.module import MultiTaskModule
 
 
 class Backward:
@@ -44,7 +42,7 @@ class Backward:
 
     def __init__(
         self,
-        module: MultiTaskModule,
+        module: TaskModule,
         trainer: Trainer,
         layout: Layout,
         loss_balancer: LossBalancer,
@@ -57,7 +55,7 @@ class Backward:
         self.gradient_balancer = gradient_balancer
         self.limit: Limit | None = None  # what a balancer asks of losses
         # An absent task then counts for zero, as when users add the losses up themselves.
-        self.plain = type(loss_balancer) is EqualWeighting and gradient_balancer is None
+        self.plain = loss_balancer.all_ones and gradient_balancer is None
         self.scaler: Any = getattr(trainer.precision_plugin, "scaler", None)
         self.hooks: set[str] = set()  # those of a backward pass that somebody listens to
         self._summed: Group | None = None  # what `record` will tell of a summed backward pass
@@ -267,7 +265,7 @@ class Backward:
 
     def _loss_weights(self, losses: TaskLosses, group: Group) -> Tensor:
         """Weights of the losses of a micro-batch, times this process's share in each."""
-        if type(self.loss_balancer) is EqualWeighting:
+        if self.loss_balancer.all_ones:
             weights = losses.ones()
         else:
             if group.loss_weights is None:

@@ -14,7 +14,7 @@ from lightning_mtl.numerics import inner
 from lightning_mtl.numerics.flat import real
 
 if TYPE_CHECKING:
-    from lightning_mtl.engine.losses import TaskLosses
+    from lightning_mtl.engine.gradients.task_losses import TaskLosses
 
 
 class Blocks(Probe):

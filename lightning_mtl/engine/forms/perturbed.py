@@ -4,23 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from lightning_mtl.balancer import GradientBalancer, at_least_float32
+from lightning_mtl.contract import TaskModule
 from lightning_mtl.engine.again import losses_again, replayed
 from lightning_mtl.engine.gradients.host import all_finite
 from lightning_mtl.engine.gradients.layout import no_shared
 from lightning_mtl.engine.gradients.rows import TaskGradients
+from lightning_mtl.engine.gradients.task_losses import TaskLosses
 from lightning_mtl.engine.group import Group
-from lightning_mtl.engine.losses import TaskLosses
-from lightning_mtl.engine.two_stages import _tell
 from lightning_mtl.numerics.flat import real, with_places
-
-if TYPE_CHECKING:
-    from lightning_mtl.module import MultiTaskModule
 
 # Parameters as real tensors, and what is to be added to them for a while.
 Moves = list[tuple[Tensor, Tensor]]
@@ -51,7 +48,7 @@ class Perturbing(Protocol):
 
 
 def perturbed_rows(
-    module: MultiTaskModule,
+    module: TaskModule,
     balancer: GradientBalancer,
     gradients: TaskGradients,
     losses: TaskLosses,
@@ -79,7 +76,7 @@ def perturbed_rows(
     if not gradients.shared:
         raise ValueError(no_shared(module, type(balancer).__name__))
     tasks, present = module.training_tasks, group.present()
-    _tell(balancer, gradients)
+    balancer.tell(gradients)
     with balancer.only(tasks, None if len(present) == len(tasks) else present):
         moves = _moves(module, balancer, gradients, losses, group, scale)
     gradients.begin()
@@ -98,7 +95,7 @@ def perturbed_rows(
 
 
 def _moves(
-    module: MultiTaskModule,
+    module: TaskModule,
     balancer: GradientBalancer,
     gradients: TaskGradients,
     losses: TaskLosses,
@@ -147,9 +144,7 @@ def _average(
     return gradients.combined() / scale
 
 
-def _rises(
-    module: MultiTaskModule, gradients: TaskGradients, group: Group, probes: Tensor
-) -> Tensor:
+def _rises(module: TaskModule, gradients: TaskGradients, group: Group, probes: Tensor) -> Tensor:
     """How much higher each task's loss is at one end of its probe than at the other.
 
     In evaluation mode. Zero where one of the two is not finite.
@@ -204,7 +199,7 @@ def _of_heads(gradients: TaskGradients, names: Sequence[str], flat: Tensor) -> M
 
 
 def _add_row(
-    module: MultiTaskModule,
+    module: TaskModule,
     gradients: TaskGradients,
     group: Group,
     task: int,

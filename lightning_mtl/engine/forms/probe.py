@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_mtl.balancer import Columns, GradientBalancer
+from lightning_mtl.contract import TaskModule
 from lightning_mtl.engine.gradients.graph import reachable
 from lightning_mtl.engine.gradients.heads import HeadGradients, refuse_sparse
 from lightning_mtl.engine.gradients.layout import no_shared
@@ -18,8 +19,7 @@ from lightning_mtl.numerics.flat import as_grad, real
 from lightning_mtl.numerics.storage import combined
 
 if TYPE_CHECKING:
-    from lightning_mtl.engine.losses import TaskLosses
-    from lightning_mtl.module import MultiTaskModule
+    from lightning_mtl.engine.gradients.task_losses import TaskLosses
 
 
 class Probe:
@@ -46,10 +46,13 @@ class Probe:
     ) -> None:
         self.scale = scale
         self.gradients = gradients
+        self.num_tasks = gradients.num_tasks
         self.tensors = list(tensors)
         self.representation = real(tensors[0].detach()) if representation else None
         self.losses: list[Tensor | None] = [None] * gradients.num_tasks
         self.rows = gradients.narrow_rows(self.tensors)
+
+    kept = corrects = False
 
     @property
     def columns(self) -> Columns:
@@ -124,6 +127,10 @@ class Probe:
         """As that of :class:`TaskGradients`."""
         self.gradients.agree()
 
+    def product(self, weights: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Not without forward mode."""
+        raise NotImplementedError
+
     def note_late(self) -> None:
         """As that of :class:`TaskGradients`."""
         self.gradients.note_late()
@@ -167,7 +174,7 @@ class Probe:
 
 
 def open_probe(
-    module: MultiTaskModule,
+    module: TaskModule,
     balancer: GradientBalancer,
     gradients: TaskGradients,
     losses: TaskLosses,
@@ -210,7 +217,7 @@ def open_probe(
 
 
 def check_shared(
-    module: MultiTaskModule, balancer: GradientBalancer, gradients: TaskGradients, option: str
+    module: TaskModule, balancer: GradientBalancer, gradients: TaskGradients, option: str
 ) -> None:
     """Refuse shared parameters that are not known, or none.
 
@@ -228,7 +235,7 @@ def check_shared(
 
 
 def last_layer(
-    module: MultiTaskModule,
+    module: TaskModule,
     balancer: GradientBalancer,
     gradients: TaskGradients,
 ) -> list[nn.Parameter]:
@@ -255,7 +262,7 @@ def last_layer(
 
 
 def _found_layer(
-    module: MultiTaskModule,
+    module: TaskModule,
     balancer: GradientBalancer,
     gradients: TaskGradients,
 ) -> list[str]:

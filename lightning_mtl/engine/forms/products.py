@@ -5,22 +5,19 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from lightning_mtl.contract import TaskModule
 from lightning_mtl.engine.again import Reached, Seen, replayed
 from lightning_mtl.engine.forms.probe import Probe
 from lightning_mtl.engine.gradients.host import to_host
 from lightning_mtl.engine.gradients.rows import TaskGradients
 from lightning_mtl.numerics import inner
 from lightning_mtl.numerics.flat import as_grad, real
-
-if TYPE_CHECKING:
-    from lightning_mtl.module import MultiTaskModule
 
 _TOLERANCE = 0.1  # of a length that is known in two ways
 _COMPONENTS = 8  # of the representation; twice as many moved cosines by 0.001 at most in trials
@@ -56,7 +53,7 @@ class Products(Probe):
         gradients: TaskGradients,
         z: Tensor,
         scale: float,
-        module: MultiTaskModule,
+        module: TaskModule,
         seen: Seen,
     ) -> None:
         super().__init__(gradients, [z], representation=True, scale=scale)
@@ -71,6 +68,8 @@ class Products(Probe):
         size = first.diagonal().mean() / second.diagonal().mean()
         mean = 0.5 * (first + second * size)
         return torch.where(size.isfinite(), mean, first)
+
+    corrects = True
 
     def product(self, weights: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Inner products of all task gradients with their combination.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lightning_mtl.engine.gradients.rows import TaskGradients
-from lightning_mtl.engine.losses import TaskLosses
+from lightning_mtl.engine.gradients.task_losses import TaskLosses
 from lightning_mtl.state import Shards
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_mtl.balancer import GradientBalancer
+from lightning_mtl.contract import TaskModule
 from lightning_mtl.engine.gradients.fsdp2 import ShardedParameters, check_sharded
 from lightning_mtl.engine.gradients.reach import Reach
 from lightning_mtl.engine.gradients.rows import TaskGradients
@@ -17,9 +18,6 @@ from lightning_mtl.engine.gradients.sharded import ShardedGradients
 from lightning_mtl.numerics.flat import real
 from lightning_mtl.ranks import OneProcess
 from lightning_mtl.saved import entry, names_in, unreadable
-
-if TYPE_CHECKING:
-    from lightning_mtl.module import MultiTaskModule
 
 
 class Layout:
@@ -30,7 +28,7 @@ class Layout:
         ranks: the processes of the run.
     """
 
-    def __init__(self, module: MultiTaskModule, ranks: OneProcess) -> None:
+    def __init__(self, module: TaskModule, ranks: OneProcess) -> None:
         self.module = module
         self.ranks = ranks
         self.saved: list[str] | None = None  # names of the shared parameters in a checkpoint
@@ -301,7 +299,7 @@ def _the_same(now: Sequence[Tensor], before: Sequence[Tensor]) -> bool:
 
 
 def shared_names(
-    module: MultiTaskModule,
+    module: TaskModule,
     parameters: dict[str, nn.Parameter],
     saved: list[str] | None,
     saved_trainable: list[str] | None = None,
@@ -344,7 +342,7 @@ def shared_names(
 
 
 def _names(
-    module: MultiTaskModule, parameters: dict[str, nn.Parameter], given: Iterable[nn.Parameter]
+    module: TaskModule, parameters: dict[str, nn.Parameter], given: Iterable[nn.Parameter]
 ) -> list[str]:
     by_id = {id(p): name for name, p in parameters.items()}
     chosen = list(dict.fromkeys(id(p) for p in given))
@@ -358,7 +356,7 @@ def _names(
     return [by_id[i] for i in chosen]
 
 
-def no_shared(module: MultiTaskModule, balancer: str) -> str:
+def no_shared(module: TaskModule, balancer: str) -> str:
     """Why a gradient balancer has nothing to work on, and what to do."""
     frozen = [name for name, p in module.named_parameters() if not p.requires_grad]
     found = f"; frozen are {frozen[:4]}{' and more' * (len(frozen) > 4)}" if frozen else ""

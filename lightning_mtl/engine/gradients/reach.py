@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_mtl.engine.gradients.graph import compiled, reachable
-from lightning_mtl.engine.losses import TaskLosses
+from lightning_mtl.engine.gradients.task_losses import TaskLosses
 from lightning_mtl.ranks.one_process import OneProcess
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_mtl.balancer import Columns
 from lightning_mtl.engine.gradients.heads import HeadGradients, refuse_sparse, summed_heads
 from lightning_mtl.engine.gradients.reach import Reach, from_graph, on_any_rank, paths
-from lightning_mtl.engine.losses import TaskLosses
+from lightning_mtl.engine.gradients.task_losses import TaskLosses
 from lightning_mtl.numerics import inner
 from lightning_mtl.numerics.flat import Line, as_grad, check_device, places, real, views, wide
 from lightning_mtl.numerics.storage import Memory, allocate, combine, narrow
@@ -36,6 +36,10 @@ class TaskGradients:
         memory: where and how the rows are kept.
         in_place: there is one row, the direction itself, when nothing is to be combined.
     """
+
+    kept = True
+    corrects = False
+    representation: Tensor | None = None
 
     def __init__(
         self,
@@ -104,6 +108,10 @@ class TaskGradients:
         reached = from_graph(losses, self.parameters, self.num_tasks)
         left_out = [t for t, _ in losses.left_out]
         self._find(reached, [*losses.present, *losses.bad, *left_out])
+
+    def product(self, weights: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Not needed: the rows are those of all shared parameters."""
+        raise NotImplementedError
 
     def note_late(self) -> None:
         """Look for parameters outside the rows that a second task has reached by now."""
