@@ -207,7 +207,7 @@ class GradientBalancer(Balancer):
 
         Wrapped balancers do, too. The flow calls it before every use.
         """
-        if self._told_by is gradients:
+        if vars(self).get("_told_by") is gradients:  # copies have none
             return  # as in every step but the first
         self._told_by = gradients
         self.columns = gradients.columns

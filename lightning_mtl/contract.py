@@ -59,16 +59,15 @@ class TaskModule(LightningModule):
     LightningModule for the type checker, and balancers can ask ``isinstance``.
     """
 
-    on_bad_loss: OnBadLoss
-    gradient_memory: Memory
-    gradient_blocks: int
-    max_skipped_steps: int
-    shard_gradients: bool
-    names_from_batch: bool
-    _flow: Any  # a `Fit`, from `setup` on
-    _evaluation: Any
-
-    if TYPE_CHECKING:
+    if TYPE_CHECKING:  # TorchScript reads what stands in a class
+        on_bad_loss: OnBadLoss
+        gradient_memory: Memory
+        gradient_blocks: int
+        max_skipped_steps: int
+        shard_gradients: bool
+        names_from_batch: bool
+        _flow: Any  # a `Fit`, from `setup` on
+        _evaluation: Any
 
         @property
         def tasks(self) -> dict[str, Task]:

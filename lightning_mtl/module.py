@@ -7,7 +7,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
@@ -124,8 +124,9 @@ class MultiTaskModule(TaskModule):
         *("tasks", "task_names", "active_tasks", "training_tasks", "unbalanced_tasks", "last_step"),
     ]
 
-    _evaluation: Evaluation
-    _flow: Flow | None  # made anew by every fit
+    if TYPE_CHECKING:  # TorchScript reads what stands in a class
+        _evaluation: Evaluation
+        _flow: Flow | None  # made anew by every fit
 
     def __init__(
         self,

@@ -95,7 +95,7 @@ def assigned(module: TaskModule, name: str, value: Any) -> Any:
 
 def _no_switch(whose: str, value: Any) -> str:
     return (
-        f"`automatic_optimization = {value}` of {whose} has no effect: TaskModule runs the "
+        f"`automatic_optimization = {value}` of {whose} has no effect: MultiTaskModule runs the "
         f"backward passes and the steps itself, whatever is set. Remove it; a module with its own "
         f"manual optimisation stays a LightningModule."
     )
