@@ -219,8 +219,8 @@ class Layout:
         return ValueError(
             f"Expected the trainable parameters of the first step but {changed[:4]} "
             f"{'were' if len(changed) > 1 else 'was'} frozen or unfrozen since, or replaced. "
-            f"Balancing keeps one layout a fit: freeze before `fit`, where layers are replaced too, "
-            f"and unfreeze in a new `fit` with `ckpt_path=None`."
+            f"Balancing keeps one layout a fit: freeze before `fit`, where layers are replaced too,"
+            f" and unfreeze in a new `fit` with `ckpt_path=None`."
         )
 
     def grow(self, balancer: GradientBalancer | None, optimizers: Sequence[Any]) -> None:
