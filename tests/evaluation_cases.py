@@ -23,7 +23,7 @@ from torchmetrics import (
     SpearmanCorrCoef,
 )
 from torchmetrics.classification import MulticlassAccuracy, MulticlassAUROC
-from torchmetrics.wrappers import ClasswiseWrapper, MinMaxMetric
+from torchmetrics.wrappers import ClasswiseWrapper, MinMaxMetric, Running
 
 from lightning_mtl import MinNorm, MultiTaskModule, Task
 from tests.models import Batched
@@ -214,6 +214,39 @@ def failing(rank: int, world: int) -> str:
     return "no error"
 
 
+class Stateless(MeanMetric):
+    """Counts in a plain attribute, of which no other process knows."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        Metric.__init__(self, **kwargs)
+        self.batches = 0
+
+    def update(self, prediction: Tensor, target: Tensor) -> None:
+        self.batches += 1
+
+    def compute(self) -> Tensor:
+        return torch.tensor(float(self.batches))
+
+
+def added(what: str, rank: int, world: int) -> Any:
+    """One more metric of the first task: its value, or the error."""
+    metric = {
+        "running": lambda: Running(MeanSquaredError(), window=2),
+        "stateless": Stateless,
+        "by itself": lambda: Stateless(sync_on_compute=False),
+    }[what]()
+    module = Measured()
+    module.tasks["a"].metrics["val"].add_metrics({"added": metric})
+    layout = "everything everywhere"
+    data = batches(layout, rank) if world > 1 else joined(layout)
+    trainer = make(world)
+    try:
+        trainer.validate(module, Batched(data), verbose=False)
+    except ValueError as error:
+        return str(error)
+    return float(trainer.callback_metrics["val/a/added"])
+
+
 def make(world: int, callbacks: Any = (), **kwargs: Any) -> Trainer:
     """A silent Trainer on CPUs."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -247,6 +280,8 @@ def run(case: str, rank: int, world: int) -> Any:
         return failing(rank, world)
     if what == "random":
         return drawn(rank, world)
+    if what == "added":
+        return added(layout, rank, world)
     data = batches(layout, rank) if world > 1 else joined(layout)
     loader: Any = Batched(data)
     if layout == "no batch on one rank":

@@ -19,6 +19,7 @@ from lightning_mtl.loss_balancers import EqualWeighting, LogLoss, Scalarization
 NAN = float("nan")
 REFUSED = [
     (LogLoss, {"eps": -1e-8}, r"`eps` of LogLoss .* at least 0, found -1e-08"),
+    (LogLoss, {"eps": "small"}, r"`eps` of LogLoss .* at least 0, found 'small'"),
     (LogLoss, {"eps": NAN}, r"`eps` of LogLoss .* found nan"),
     (Scalarization, {"weights": {}}, "at least one weight, found none"),
     (Scalarization, {"weights": []}, "at least one weight, found none"),
@@ -36,6 +37,9 @@ REFUSED = [
     (TaskTensioner, {"base": DualBalance()}, "from the Gramian, found DualBalance. Use"),
     (TaskTensioner, {"base": MinNorm(weight_heads=True)}, "MinNorm with `weight_heads=True`. Set"),
     (DualBalance, {"beta": 1.0}, r"`beta` of DualBalance to be in \[0, 1\), found 1.0"),
+    (DualBalance, {"beta": "x"}, r"`beta` of DualBalance to be in \[0, 1\), found 'x'"),
+    (DualBalance, {"eps": None}, r"`eps` of DualBalance .* at least 0, found None"),
+    (Scalarization, {"weights": {"a": "x"}}, r"finite and at least 0, found 'x' for task 'a'"),
     (DualBalance, {"beta": -0.1}, r"`beta` of DualBalance to be in \[0, 1\), found -0.1"),
     (DualBalance, {"beta_sigma": -1.0}, "`beta_sigma` of DualBalance .* at least 0, found -1.0"),
     (DualBalance, {"eps": float("inf")}, "`eps` of DualBalance .* finite .* found inf"),

@@ -7,6 +7,7 @@ from collections import namedtuple
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import LightningModule
@@ -77,6 +78,18 @@ def test_counts_may_be_fractions(number: Any) -> None:
     )
     logged = validated(Given(number), data)
     assert logged["val/loss/a"] == pytest.approx((0.4 * 1 + 0.1 * 6) / 0.5)
+
+
+@pytest.mark.parametrize("number", [np.int64, np.float32, lambda n: torch.tensor([n])])
+def test_counts_of_any_number_type(number: Any) -> None:
+    data = Batched([(torch.full((3,), v), {"a": n}) for n, v in ((4, 1.0), (1, 6.0), (0, 9.0))])
+    assert validated(Given(number), data)["val/loss/a"] == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize("count", [lambda n: torch.ones(2), lambda n: "3", lambda n: -1])
+def test_a_count_that_is_not_one_number(count: Any) -> None:
+    with pytest.raises(ValueError, match=r"task 'a' .*number of valid labels\), a finite number"):
+        validated(Given(count), Batched([(torch.zeros(3), {"a": 3})]))
 
 
 def test_a_batch_without_a_batch_dimension_counts_once() -> None:

@@ -24,12 +24,14 @@ CASES = [
     "baseline|each on one rank",
     "hooks|uneven batches",
 ]
+ADDED = ["added|running", "added|stateless", "added|by itself"]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("evaluation")
-    run_cases(path, [*CASES, "random|", f"fit|{path}", "failing|"], "tests.evaluation_cases:run")
+    cases = [*CASES, "random|", f"fit|{path}", "failing|", *ADDED]
+    run_cases(path, cases, "tests.evaluation_cases:run")
     return path
 
 
@@ -118,3 +120,18 @@ def test_a_metric_that_fails_on_one_rank_ends_both(folder: Path) -> None:
     told = [result(folder, len(CASES) + 2, rank) for rank in (0, 1)]
     assert told[0] == "RuntimeError: Rank 1 cannot evaluate: there is no such mean"
     assert told[1] == "ArithmeticError: there is no such mean"
+
+
+def test_a_window_over_batches_is_that_of_every_rank(folder: Path) -> None:
+    """It was that of the first rank; here each rank has as many batches as fit in."""
+    told = [result(folder, len(CASES) + 3, rank) for rank in (0, 1)]
+    mse = expected("everything everywhere", "a", torch.square)
+    assert told == pytest.approx([mse, mse], rel=1e-5)
+
+
+def test_a_metric_without_states_is_refused_on_several_ranks(folder: Path) -> None:
+    """Its value was that of the first rank, on every rank."""
+    for rank in (0, 1):
+        assert "metric Stateless to keep" in result(folder, len(CASES) + 4, rank)
+        assert result(folder, len(CASES) + 5, rank) == 2.0  # it is said to do it by itself
+    assert evaluation_cases.run("added|stateless", 0, 1) == 4.0

@@ -251,6 +251,15 @@ def test_an_optimizer_without_the_trunk() -> None:
     refused(module, message, MinNorm())
 
 
+@pytest.mark.filterwarnings("ignore:.*this fit will run with no optimizer")
+@pytest.mark.parametrize("returned", [None, []])
+def test_no_optimizer_at_all(returned: Any) -> None:
+    message = (
+        r"no optimizer of `configure_optimizers` holds a trainable parameter. Return one, `SGD"
+    )
+    refused(Balanced(lambda m: returned), message, MinNorm())
+
+
 # ------------------------------------------------------------------------------- command line
 
 

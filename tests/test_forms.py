@@ -222,6 +222,7 @@ def test_levels_differ_from_all_parameters() -> None:
     assert not torch.allclose(found[1], found[2])
 
 
+@pytest.mark.filterwarnings("ignore:.* there is nothing to balance")
 @pytest.mark.parametrize("level", ["last_layer", "representation"])
 def test_levels_with_observer_absent_tasks_and_one_task(level: Any) -> None:
     class Missing(Marked):

@@ -146,6 +146,7 @@ def test_what_the_user_leaves_out_stays_out() -> None:
     assert {len(names) for names in balancer.seen} == {4}
 
 
+@pytest.mark.filterwarnings("ignore:.* there is nothing to balance")
 def test_one_task() -> None:
     class One(Skipping):
         def strengths(self, batch_idx: int) -> dict[str, float | None]:

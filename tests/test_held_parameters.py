@@ -214,6 +214,20 @@ def test_parameters_added_in_an_epoch() -> None:
         fitted(More(), loader(80), [Sum(), Adds()])
 
 
+def test_parameters_replaced_in_an_epoch() -> None:
+    class Replaces(Callback):
+        def on_train_batch_start(self, run: Any, module: Any, *args: Any) -> None:
+            if run.global_step == 2:
+                module.net.trunk[0] = nn.Linear(4, 8)
+                run.optimizers[0].add_param_group({"params": module.net.trunk[0].parameters()})
+
+    with pytest.raises(
+        ValueError,
+        match=r"were frozen or unfrozen since, or replaced\. .*before `fit`, where layers",
+    ):
+        fitted(Balanced(), loader(80), [Sum(), Replaces()])
+
+
 # -------------------------------------------------------------------------- gradients that are kept
 
 

@@ -218,6 +218,7 @@ def test_nothing_shared(local: str) -> None:
         fit(Apart(), samo(local))
 
 
+@pytest.mark.filterwarnings("ignore:.* there is nothing to balance")
 @each_local
 def test_one_task_and_parameters_of_several_tasks_outside_the_rows(local: str) -> None:
     """Such a parameter moves along with each of its tasks, and gets the sum of their gradients."""

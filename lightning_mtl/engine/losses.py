@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -305,12 +307,16 @@ def _to_host(values: list[Tensor]) -> list[float]:
     return list(torch.stack([v.detach().double() for v in values]).tolist())
 
 
+def as_count(value: Any) -> float:
+    """A number of labels, NumPy's and tensors' included; NaN for what is not one number."""
+    single = isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex()
+    return float(value) if single or isinstance(value, Real) else math.nan
+
+
 def _with_count(task: str, value: tuple[Any, ...]) -> tuple[Any, float]:
     """Mean and number of valid labels from a pair."""
-    if len(value) == 2 and isinstance(value[1], (int, float, Tensor)):
-        count = float(value[1])
-        if count >= 0 and count < float("inf"):
-            return value[0], count
+    if len(value) == 2 and 0 <= (count := as_count(value[1])) < math.inf:
+        return value[0], count
     raise ValueError(
         f"Expected the loss of task '{task}' as a scalar or as (mean, number of valid labels), a "
         f"finite number of at least 0, but got {value!r}."

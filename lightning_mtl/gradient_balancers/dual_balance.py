@@ -7,6 +7,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from lightning_mtl.arguments import in_range, one_of
 from lightning_mtl.balancer import GradientBalancer, LossBalancer
 
 Scale = Literal["max", "min", "mean", "median", "constant"]
@@ -95,24 +96,12 @@ class DualBalance(LossBalancer, GradientBalancer):
         eps: float = 1e-8,
     ) -> None:
         super().__init__()
-        if not 0 <= beta < 1:
-            raise ValueError(f"Expected `beta` of DualBalance to be in [0, 1), found {beta!r}.")
-        for name, value in (("beta_sigma", beta_sigma), ("eps", eps)):
-            if not 0 <= value < float("inf"):
-                raise ValueError(
-                    f"Expected `{name}` of DualBalance to be finite and at least 0, "
-                    f"found {value!r}."
-                )
-        if scale not in get_args(Scale):
-            raise ValueError(
-                f"Expected `scale` of DualBalance to be one of {get_args(Scale)}, found {scale!r}."
-            )
-        self.beta = beta
-        self.beta_sigma = beta_sigma
-        self.scale: Scale = scale
+        self.beta = in_range(self, "beta", beta, 0, 1)
+        self.beta_sigma = in_range(self, "beta_sigma", beta_sigma)
+        self.scale: Scale = one_of(self, "scale", scale, get_args(Scale))
         self.loss_part = loss_part
         self.gradient_part = gradient_part
-        self.eps = eps
+        self.eps = in_range(self, "eps", eps)
         self.requires_positive_losses = loss_part
         self.needs_current_losses = loss_part
         self.needs_jacobian = gradient_part

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightning_mtl.arguments import in_range
 from lightning_mtl.balancer import LossBalancer
 
 
@@ -55,11 +56,7 @@ class LogLoss(LossBalancer):
 
     def __init__(self, eps: float = 1e-8) -> None:
         super().__init__()
-        if not 0 <= eps < float("inf"):
-            raise ValueError(
-                f"Expected `eps` of LogLoss to be finite and at least 0, found {eps!r}."
-            )
-        self.eps = eps
+        self.eps = in_range(self, "eps", eps)
 
     def loss_weights(self, losses: Tensor) -> Tensor:
         """See :func:`log_loss_weights`.

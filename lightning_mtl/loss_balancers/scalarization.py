@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 from torch import Tensor
@@ -48,7 +49,8 @@ class Scalarization(LossBalancer):
             )
         items = weights.items() if isinstance(weights, dict) else enumerate(weights)
         for key, weight in items:
-            if not (math.isfinite(weight) and weight >= 0):
+            number = isinstance(weight, Real) and math.isfinite(weight)
+            if not (number and weight >= 0):
                 raise ValueError(
                     f"Expected every entry of `weights` of Scalarization to be finite and at least "
                     f"0, found {weight!r} for task {key!r}."

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_mtl.contract import TaskModule
 from lightning_mtl.engine.batches import check_keys, described, target_keys
-from lightning_mtl.engine.losses import _with_count, known_tasks
+from lightning_mtl.engine.losses import _with_count, as_count, known_tasks
 from lightning_mtl.metrics.delta_p import _check_names, delta_p, load_baseline
 from lightning_mtl.task import STAGES
 from lightning_mtl.trainer.joined import Means, agreed, alone, compute, log, means, of_all, state_of
@@ -71,7 +71,7 @@ class Evaluation:
                     f"{sorted(map(str, predictions))}. Add the key '{name}' to its dict."
                 )
             count = None if task.count is None else task.count(target)
-            if count == 0:
+            if as_count(count) == 0:
                 continue
             loss = task.loss(predictions[name], target)
             losses[name] = loss if count is None else (loss, count)

@@ -92,7 +92,8 @@ def state_of(metric: Metric) -> State:
     """The state of a metric, and of metrics inside it, on the host."""
     return [
         {
-            "updates": part.update_count,
+            # a wrapper's own updates are not counted as those of other metrics are
+            "updates": getattr(part, "_num_vals_seen", part.update_count),
             "state": apply_to_collection(
                 {name: getattr(part, name) for name in part._reductions}, Tensor, Tensor.cpu
             ),
@@ -111,10 +112,14 @@ def compute(metric: Metric, found: Sequence[State]) -> Any:
     Args:
         metric: which keeps its own state; its value is cached.
         found: :func:`state_of` it of every process; one for a run of one process.
+
+    Raises:
+        ValueError: it has no states, so that its value would be that of one process.
     """
     if len(found) == 1:
         return metric.compute()
     parts = list(_parts(metric))
+    _check_states(metric, parts)
     kept = [{name: getattr(part, name) for name in part._reductions} for part in parts]
     metric._computed = None
     try:
@@ -134,11 +139,13 @@ def compute(metric: Metric, found: Sequence[State]) -> Any:
 def _parts(metric: Metric) -> Iterator[Metric]:
     """The metrics that have a state to be joined, in one order on every process.
 
-    Not wrappers, whose state is that of the metric inside. Left to themselves are those that are
-    told how to synchronise, or not to.
+    Not wrappers whose state is that of the metric inside; ``Running`` has a window of its own.
+    Left to themselves are those that are told how to synchronise, or not to.
     """
     for part in metric.modules():
-        if not isinstance(part, Metric) or isinstance(part, WrapperMetric):
+        if not isinstance(part, Metric):
+            continue
+        if isinstance(part, WrapperMetric) and not part._reductions:
             continue
         sync = type(part)._sync_dist
         usual = sync is Metric._sync_dist or sync.__module__.startswith("torchmetrics.")
@@ -146,6 +153,20 @@ def _parts(metric: Metric) -> Iterator[Metric]:
         told |= part.distributed_available_fn is not jit_distributed_available
         if usual and not told and part.sync_on_compute:
             yield part
+
+
+def _check_states(metric: Metric, parts: Sequence[Metric]) -> None:
+    """Refuse a metric that counts in plain attributes, of which nobody else knows."""
+    joinable = any(part is metric for part in parts)  # `==` makes another metric
+    inside = (part for part in metric.modules() if isinstance(part, Metric))
+    if joinable and not any(part._reductions for part in inside):
+        name = type(metric).__name__
+        raise ValueError(
+            f"Expected the metric {name} to keep what it counts in states, which several processes "
+            f"can join, but it has none: its value would be that of one process. Declare them in "
+            f"its constructor, `self.add_state(name, default, dist_reduce_fx='sum')`, or pass "
+            f"`sync_on_compute=False` if {name} synchronises by itself."
+        )
 
 
 def _load(metric: Metric, given: Sequence[dict[str, Any]]) -> None:

@@ -216,9 +216,9 @@ class Layout:
         changed = sorted(set(trainable(self.module, optimizers)) ^ set(before))
         return ValueError(
             f"Expected the trainable parameters of the first step but {changed[:4]} "
-            f"{'were' if len(changed) > 1 else 'was'} frozen or unfrozen since. Balancing "
-            f"keeps one layout a fit: freeze before `fit`, and unfreeze in a new `fit` with "
-            f"`ckpt_path=None`."
+            f"{'were' if len(changed) > 1 else 'was'} frozen or unfrozen since, or replaced. "
+            f"Balancing keeps one layout a fit: freeze before `fit`, where layers are replaced too,"
+            f" and unfreeze in a new `fit` with `ckpt_path=None`."
         )
 
     def grow(self, balancer: GradientBalancer | None, optimizers: Sequence[Any]) -> None:
@@ -363,7 +363,12 @@ def no_shared(module: TaskModule, balancer: str) -> str:
     optimizers = module.trainer.optimizers
     owned = trainable(module, optimizers)
     left = [n for n, p in module.named_parameters() if p.requires_grad and n not in owned]
-    if left:
+    if left and not owned:  # where it returned None, Lightning has put one of its own in place
+        found += (
+            "; no optimizer of `configure_optimizers` holds a trainable parameter. Return one, "
+            "`SGD(self.parameters(), ...)`"
+        )
+    elif left:
         names = " and ".join(type(getattr(o, "optimizer", o)).__name__ for o in optimizers)
         found += (
             f"; {names} of `configure_optimizers` does not hold {left[:4]}"
