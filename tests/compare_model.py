@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import ChainDataset, DataLoader, TensorDataset
 from torchmetrics import MeanSquaredError
 from torchmetrics.classification import MulticlassAccuracy
 
@@ -89,6 +89,20 @@ class Untested(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         return Points().train_dataloader()
+
+
+class Nothing(Points):
+    """No training data."""
+
+    def train_dataloader(self) -> None:
+        return None
+
+
+class NoBatch(Points):
+    """A training loader without a batch."""
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(ChainDataset([]))  # whose length nobody knows beforehand
 
 
 class Leaving(TwoTasks):
