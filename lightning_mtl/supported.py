@@ -46,6 +46,14 @@ def check_trainer(trainer: Trainer, module: MultiTaskModule, callbacks: Sequence
     from lightning_mtl.module import MultiTaskModule
 
     name = type(module).__name__
+    compiled = module._compiler_ctx  # by `torch.compile(module)`, which puts steps on the object
+    step = compiled["original_training_step"] if compiled else vars(module).get("training_step")
+    if step and getattr(step, "__func__", None) is not type(module).training_step:
+        raise MisconfigurationException(
+            f"`training_step` was set on an object of {name}, but there MultiTaskModule balances. "
+            f"Set `task_losses` instead, a function of the batch that returns a dict "
+            f"{{task: loss}}."
+        )
     if type(module).training_step is not MultiTaskModule.training_step:
         owner = next(base for base in type(module).__mro__ if "training_step" in vars(base))
         if not issubclass(owner, MultiTaskModule):
