@@ -1,4 +1,4 @@
-"""MultiTaskModule: what a user subclasses. The training flow itself is in flow.py."""
+"""MultiTaskModule: what a user subclasses. The training flow itself is in engine/step.py."""
 
 from __future__ import annotations
 

@@ -140,7 +140,7 @@ class Flow:
             if total is not None and self.trainer.accumulate_grad_batches > 1:
                 total = total / self.trainer.accumulate_grad_batches  # as Lightning gives it hooks
         if not self.module.automatic_optimization:
-            self.module._automatic_optimization = True  # trainer_flags.py says why
+            self.module._automatic_optimization = True  # trainer/flags.py says why
         return total
 
     def _discovery(self) -> AbstractContextManager[Any]:
