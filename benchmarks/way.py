@@ -1,8 +1,8 @@
 """A batch's way through the files of the package: how far a reader of one step has to walk.
 
-Of one step of ``Trainer.fit``, until every ``.grad`` is there, the calls of
-the package's functions are noted, and the returns from them. Counted are the files that are entered,
-the walks from one file to another, and how many of these lead back to a file that had been left.
+Of one step of ``Trainer.fit``, until every ``.grad`` is there, the calls of the package's functions
+are noted, and the returns from them. Counted are the files that are entered, the walks from one
+file to another, and how many of these lead back to a file that had been left.
 
     python benchmarks/way.py [--way]
 
