@@ -24,7 +24,6 @@ from lightning_mtl.compare.verdict import (
     advantage,
     against_baseline,
     as_good_within,
-    better_than_all,
     simultaneous_intervals,
     ties_with_best,
 )
@@ -270,7 +269,7 @@ def main() -> None:
         "single, Welch": "above single-task, plain Welch",
     }
     for rule, title in names.items():
-        print(f"False \"{title}\", %, {options.draws:,} draws a cell\n")
+        print(f'False "{title}", %, {options.draws:,} draws a cell\n')
         table(
             ["", *(f"K={k}, n={n}" for k, n in cells)],
             [[shape, *(f"{found[shape, k, n][rule]:.1f}" for k, n in cells)] for shape in SHAPES],

@@ -102,5 +102,3 @@ class Plan:
                 f"is changed once results are seen has no error rate: leave it, or give another "
                 f"folder with --out."
             )
-
-

@@ -151,9 +151,7 @@ def _compare(found: Judgement, whole: list[Candidate], equal: int, scores: Array
     """What needs at least two methods."""
     moderated = Moderated(scores)
     others = [i for i in range(len(whole)) if i != equal]
-    beside = settled(
-        moderated.between(others, [equal]), scores[others], scores[equal : equal + 1]
-    )
+    beside = settled(moderated.between(others, [equal]), scores[others], scores[equal : equal + 1])
     low, high = simultaneous_intervals(beside, ALPHA)
     found.beside_equal = _named([whole[i].method for i in others], low, high)
     found.ties = [c.method for c, tie in zip(whole, ties_with_best(moderated), strict=True) if tie]
@@ -162,13 +160,11 @@ def _compare(found: Judgement, whole: list[Candidate], equal: int, scores: Array
     rivals = [i for i, c in enumerate(whole) if c.kind != "balancer"]
     if not balancers:
         return
-    differences = settled(
-        moderated.between(balancers, rivals), scores[balancers], scores[rivals]
-    )
+    differences = settled(moderated.between(balancers, rivals), scores[balancers], scores[rivals])
     names = [whole[i].method for i in rivals]
     finding = _finding(differences, [whole[i] for i in balancers], names, MODERATED, found)
     found.balancing = finding
-    if finding is not None and len(found.seeds) >= FEWEST:
+    if len(found.seeds) >= FEWEST and np.isfinite(finding.verdict.shows):
         found.next_confirm = _next(Paired(scores), balancers[finding.verdict.method], rivals, found)
 
 
@@ -217,23 +213,17 @@ def confirm(
     whole = [by_name[n] for n in names]
     scores = _array(whole, seeds)
     found = Judgement(margin, seeds, names)
-    differences = settled(
-        Paired(scores).between([0], range(1, len(names))), scores[:1], scores[1:]
-    )
+    differences = settled(Paired(scores).between([0], range(1, len(names))), scores[:1], scores[1:])
     found.balancing = _finding(differences, whole[:1], list(rivals), PAIRED, found)
     return found
 
 
-def confirm_single(
-    candidate: Candidate, seeds: Sequence[int], margin: float
-) -> Finding | None:
+def confirm_single(candidate: Candidate, seeds: Sequence[int], margin: float) -> Finding | None:
     """Judge the best row of the screening seeds against a model per task, on fresh seeds."""
     if len(candidate.baseline) < 2 or len(seeds) < 2:
         return None
     found = Judgement(margin, list(seeds), [candidate.method])
-    differences = against_baseline(
-        _array([candidate], found.seeds), np.array([candidate.baseline])
-    )
+    differences = against_baseline(_array([candidate], found.seeds), np.array([candidate.baseline]))
     return _finding(differences, [candidate], [SINGLE], WELCH, found)
 
 
@@ -263,6 +253,5 @@ def _baseline(candidates: Sequence[Candidate]) -> Array | None:
 
 def _named(names: Sequence[str], low: Array, high: Array) -> dict[str, tuple[float, float]]:
     return {
-        name: (float(a), float(b))
-        for name, a, b in zip(names, low[:, 0], high[:, 0], strict=True)
+        name: (float(a), float(b)) for name, a, b in zip(names, low[:, 0], high[:, 0], strict=True)
     }

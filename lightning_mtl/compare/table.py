@@ -339,7 +339,15 @@ def cells(summary: Summary) -> tuple[list[str], list[list[str]]]:
         f"{name(f'{task} {metric}')} {'↑' if summary.directions[task][metric] else '↓'}"
         for task, metric in columns
     ]
-    header += ["Δp %", "Δp, 95 %", "beside equal, 95 %", "may be best", "step ms", "× equal", "peak MB"]
+    header += [
+        "Δp %",
+        "Δp, 95 %",
+        "beside equal, 95 %",
+        "may be best",
+        "step ms",
+        "× equal",
+        "peak MB",
+    ]
     body = []
     for row in summary.rows:
         spreads = [row.metrics.get(task, {}).get(metric) for task, metric in columns]

@@ -29,7 +29,7 @@ def better_than_all(
     """
     check_level("alpha", alpha)
     tried = differences.estimate.shape[-2] if tried is None else tried
-    return (differences.lower(alpha / tried) > 0).all(-1)
+    return np.asarray((differences.lower(alpha / tried) > 0).all(-1))
 
 
 def advantage(
@@ -59,7 +59,7 @@ def largest_hidden(differences: Differences, alpha: float = 0.05) -> Array:
     """
     check_level("alpha", alpha)
     rivals = differences.estimate.shape[-1]
-    return differences.upper(alpha / rivals).max(-2).min(-1)
+    return np.asarray(differences.upper(alpha / rivals).max(-2).min(-1))
 
 
 def as_good_within(
@@ -75,11 +75,11 @@ def as_good_within(
     check_level("alpha", alpha)
     check_margin(margin)
     rivals = differences.estimate.shape[-1]
-    return (differences.upper(alpha / rivals) < margin).all(-2)
+    return np.asarray((differences.upper(alpha / rivals) < margin).all(-2))
 
 
 def simultaneous_intervals(differences: Differences, alpha: float = 0.05) -> tuple[Array, Array]:
-    """Two-sided intervals that hold for all differences at once (Bonferroni), each ``(..., K, J)``."""
+    """Two-sided intervals that hold for all differences at once, each ``(..., K, J)``."""
     check_level("alpha", alpha)
     methods, rivals = differences.estimate.shape[-2:]
     level = alpha / (2 * methods * rivals)

@@ -89,7 +89,9 @@ def shrunk(variances: Array, freedom: float) -> tuple[Array, Array]:
     pulled = (d0 * location + freedom * v) / (d0 + freedom)
     moderate = np.where(differ[..., None], pulled, v.mean(-1, keepdims=True))
     found = np.where(variances.max(-1, keepdims=True) > 0, np.maximum(moderate, v), 0.0)
-    return found, np.where(differ, np.minimum(prior + freedom, methods * freedom), methods * freedom)
+    return found, np.where(
+        differ, np.minimum(prior + freedom, methods * freedom), methods * freedom
+    )
 
 
 def inverse_trigamma(x: Array) -> Array:

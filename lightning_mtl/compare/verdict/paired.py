@@ -30,6 +30,6 @@ class Paired:
         return Differences(
             by_seed.mean(-1),
             by_seed.std(-1, ddof=1) / np.sqrt(seeds),
-            np.float64(seeds - 1) * np.ones(by_seed.shape[:-3] + (1, 1)),
+            np.float64(seeds - 1) * np.ones((*by_seed.shape[:-3], 1, 1)),
             seeds,
         )

@@ -39,7 +39,7 @@ def seeds_needed(
     tried: int | None = None,
     most: int = 200,
 ) -> int | None:
-    """How many seeds in all would show ``effect``, for the one method in ``differences`` ``(1, J)``.
+    """How many seeds in all would show ``effect``, for the one method in ``differences``.
 
     Errors are taken to shrink with the root of the number of seeds, degrees of freedom to grow with
     that number less one.

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import integrate, stats
 
+from lightning_mtl.compare.verdict.differences import settled
 from lightning_mtl.compare.verdict.moderated import Moderated
 from lightning_mtl.compare.verdict.scores import Array, check_level
 
@@ -21,8 +22,9 @@ def ties_with_best(scores: Moderated, alpha: float = 0.05) -> NDArray[np.bool_]:
     """
     check_level("alpha", alpha)
     methods = scores.mean.shape[-1]
-    upper = scores.between(range(methods), range(methods)).upper(alpha / (methods - 1))
-    return (upper >= 0).all(-1)
+    found = scores.between(range(methods), range(methods))
+    found = settled(found, scores.scores, scores.scores)
+    return np.asarray((found.upper(alpha / (methods - 1)) >= 0).all(-1))
 
 
 @functools.cache
@@ -34,7 +36,9 @@ def expected_best(methods: int) -> float:
         return 0.0
 
     def density(x: float) -> float:
-        return float(x * methods * np.exp(stats.norm.logpdf(x) + (methods - 1) * stats.norm.logcdf(x)))
+        return float(
+            x * methods * np.exp(stats.norm.logpdf(x) + (methods - 1) * stats.norm.logcdf(x))
+        )
 
     return float(integrate.quad(density, -10, 12, epsabs=1e-12, limit=200)[0])
 
