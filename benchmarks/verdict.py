@@ -3,9 +3,9 @@
     python benchmarks/verdict.py                 # every table of docs/compare.md, minutes
     python benchmarks/verdict.py --draws 2000    # a quick look
 
-Scores are drawn with the K balancers, equal weighting and two fixed weightings (J = 3 rivals) alike,
-or with one balancer better. The worst case of "no difference" is one rival as good as the balancers
-and the others far below: a "yes" then has to get past one rival only. Each cell shows the larger of
+Scores are drawn with K balancers, equal weighting and two fixed weightings (J = 3 rivals) alike, or
+with one balancer better. The worst case of "no difference" is one rival as good as the balancers
+and the others far below: a "yes" has to get past one rival only. Each cell shows the larger of
 the two rates, all alike and worst case, in percent.
 """
 
@@ -19,7 +19,7 @@ import numpy as np
 
 from lightning_mtl.compare.verdict import (
     Differences,
-    Moderated,
+    Joint,
     Paired,
     advantage,
     against_baseline,
@@ -83,7 +83,7 @@ def chunks(draws: int) -> Iterator[int]:
 
 def one_stage(scores: np.ndarray, balancers: int) -> Differences:
     """The rule of `compare` without --confirm."""
-    return Moderated(scores).between(range(balancers), range(balancers, scores.shape[-2]))
+    return Joint(scores).between(range(balancers), range(balancers, scores.shape[-2]))
 
 
 def by_hand(scores: np.ndarray, balancers: int) -> Differences:
@@ -96,20 +96,12 @@ def lower(differences: Differences, tried: int | None = None) -> np.ndarray:
     return differences.lower(ALPHA / (tried or differences.estimate.shape[-2]))
 
 
-def confirmed(laws: Laws, balancers: int, seeds: int, fresh: int, shift: float | None = None):
-    """Who is picked on the screening seeds, and their differences on fresh ones.
-
-    With a shift, the first balancer is picked where it is ahead of the others by that.
-    """
-    means = laws.scores(seeds)[:, :balancers].mean(-1)
-    if shift is not None:
-        means[:, 0] += shift
-    picked = means.argmax(-1)
+def confirmed(laws: Laws, balancers: int, seeds: int, fresh: int) -> np.ndarray:
+    """Fresh scores of the balancer that is picked on the screening seeds, and of the rivals."""
+    picked = laws.scores(seeds)[:, :balancers].mean(-1).argmax(-1)
     second = laws.scores(fresh)
-    pair = np.concatenate(
-        [np.take_along_axis(second, picked[:, None, None], 1), second[:, balancers:]], 1
-    )
-    return picked, pair
+    best = np.take_along_axis(second, picked[:, None, None], 1)
+    return np.concatenate([best, second[:, balancers:]], 1)
 
 
 # ------------------------------------------------------------------------------- false positives
@@ -131,7 +123,7 @@ def false_positives(shape: str, balancers: int, seeds: int, draws: int, fresh: i
         ):
             above = bounds > 0
             count(rule, above.all(-1).any(-1), above[..., 0].any(-1))
-        picked, pair = confirmed(laws, balancers, seeds, fresh)
+        pair = confirmed(laws, balancers, seeds, fresh)
         above = lower(Paired(pair).between([0], range(1, 1 + RIVALS)))[:, 0] > 0
         count("confirmed", above.all(-1), above[:, 0])
         base = Laws(shape, 1, size, rng).scores(seeds)[:, 0]
@@ -205,9 +197,8 @@ def effects(shape: str, balancers: int, draws: int) -> list[tuple[str, int, floa
 def others(shape: str, balancers: int, seeds: int, draws: int) -> dict[str, float]:
     """Rates of the other statements, in percent.
 
-    ``as good``: false, with one balancer ahead by just the margin (the one that identical methods
-    pass with 80 %). ``covered``: all intervals beside equal weighting hold. ``ties``: the truly best
-    is in the group of ties, all alike. ``hidden``: the bound is below a truth of one balancer ahead.
+    The margin is the one that methods which are all alike pass with 80 %; "as good" is wrong with
+    one balancer ahead by that much.
     """
     rng = np.random.default_rng(11 + seeds)
     margin, wrong, covered, kept, advantages = [], 0, 0, 0, 0
@@ -218,14 +209,14 @@ def others(shape: str, balancers: int, seeds: int, draws: int) -> dict[str, floa
     at = float(np.quantile(np.concatenate(margin), 0.8))
     for size in chunks(draws):
         scores = Laws(shape, balancers + RIVALS, size, rng).scores(seeds)
-        kept += ties_with_best(Moderated(scores))[:, 0].sum()
+        kept += ties_with_best(Joint(scores))[:, 0].sum()
         scores[:, 0] += at
         found = one_stage(scores, balancers)
         wrong += as_good_within(found, at).any(-1).sum()
         low, high = advantage(found)[1:]
         advantages += ((low[:, 0] > at) | (high[:, 0] < at)).sum()
-        moderated = Moderated(scores)
-        low, high = simultaneous_intervals(moderated.between(range(balancers), [balancers]))
+        joint = Joint(scores)
+        low, high = simultaneous_intervals(joint.between(range(balancers), [balancers]))
         truth = np.where(np.arange(balancers) == 0, at, 0.0)[:, None]
         covered += ((low <= truth) & (truth <= high)).all((-1, -2)).sum()
     return {

@@ -25,7 +25,7 @@ Record = dict[str, Any]
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="lightning-mtl report",
-        description="Answer, table, plots and report from the runs of a comparison; trains nothing.",
+        description="Answer, table, plots and report from the runs of a comparison.",
     )
     parser.add_argument("folder", help="holds results.jsonl, of `compare` or of another tool")
     parser.add_argument("--out", help="where to write (default: the folder)")
@@ -177,9 +177,9 @@ def _about(folder: Path, path: Path, lines: list[tuple[int, bytes]]) -> tuple[Ab
             f"{shortened(str(error), 300)}. See the format in docs/compare.md."
         ) from error
     raise CompareError(
-        f"Expected {folder / FILE}, or a first line of {path} with the kind `about`, which say which "
-        f"way metrics are better and what the methods are, but found neither. See the format in "
-        f"docs/compare.md."
+        f"Expected {folder / FILE}, or a first line of {path} of the kind `about`, which say "
+        f"which way metrics are better and what the methods are, but found neither. See the format "
+        f"in docs/compare.md."
     )
 
 

@@ -38,7 +38,7 @@ def answer(summary: Summary) -> list[str]:
     elif summary.plan is not None:
         sentences += _confirmed(summary)
     else:
-        sentences += _screened(summary, judgement, equal, balancers)
+        sentences += _screened(summary, judgement, balancers)
     sentences += _cost(summary, judgement, equal)
     sentences += _against_single(summary, judgement)
     sentences += _ranking(summary, judgement)
@@ -48,24 +48,26 @@ def answer(summary: Summary) -> list[str]:
 # ---------------------------------------------------------------------------------- balancing
 
 
-def _screened(
-    summary: Summary, judgement: Judgement, equal: Row, balancers: Sequence[Row]
-) -> list[str]:
+def _screened(summary: Summary, judgement: Judgement, balancers: Sequence[Row]) -> list[str]:
     found, seeds = judgement.balancing, len(judgement.seeds)
     if seeds < 2:
         best = max(balancers, key=_mean)
         rival = max((r for r in summary.methods if r.kind != "balancer" and r.scores), key=_mean)
         where = "ahead of" if _mean(best) > _mean(rival) else "not ahead of"
         return [
-            f"Cannot tell: on the one seed that was run, {_text(best)} is {where} {_text(rival)}, "
-            f"and of one run nothing is known about chance. Use --seeds {_FEWEST} or more."
+            (
+                f"Cannot tell: on the one seed that was run, {_text(best)} is {where} "
+                f"{_text(rival)}, and of one run nothing is known about chance. Use --seeds {_FEWEST} or more."
+            )
         ]
     if found is None:
         return ["No answer: no balancer has a run on every seed of equal weighting."]
     if seeds < _FEWEST:
         return [
-            f"Cannot tell: two seeds are for screening only. {_ahead(summary.methods, found)}. Use "
-            f"--seeds {_FEWEST} or more."
+            (
+                f"Cannot tell: two seeds are for screening only. {_ahead(summary.methods, found)}. "
+                f"Use --seeds {_FEWEST} or more."
+            )
         ]
     sentences = [_verdict(summary.methods, found, f"with {seeds} seeds")]
     if found.verdict.kind in ("open", "bounded") and judgement.next_confirm is not None:
@@ -85,17 +87,21 @@ def _confirmed(summary: Summary) -> list[str]:
     assert plan is not None
     if judgement is None or judgement.balancing is None:
         return [
-            f"No answer yet: of the runs that are to confirm {name(plan.balancer)} on "
-            f"{plan.seeds} fresh seeds some failed or are missing. The same command, with "
-            f"--confirm {plan.seeds}, runs them."
+            (
+                f"No answer yet: of the runs that are to confirm {name(plan.balancer)} on "
+                f"{plan.seeds} fresh seeds some failed or are missing. The same command, with "
+                f"--confirm {plan.seeds}, runs them."
+            )
         ]
     found = judgement.balancing
     verdict = _verdict(summary.fresh, found, f"with {plan.seeds} fresh seeds")
     picked = f"{name(plan.balancer)} was picked on seeds 0 to {plan.screening - 1}"
     return [
         verdict,
-        f"{picked}; balancer, rivals, margin and rule were written down before the fresh seeds were "
-        f"run. This rests on {_basis(found)}.",
+        (
+            f"{picked}; it, rivals, margin and rule were written down before the fresh seeds were "
+            f"run. This rests on {_basis(found)}."
+        ),
     ]
 
 
@@ -110,15 +116,15 @@ def _verdict(rows: Sequence[Row], found: Finding, with_seeds: str) -> str:
         )
     if v.kind == "as good" and v.hidden < 0:
         return (
-            f"No: {rival} is better than {every}. The next, {best}, is {-v.effect:.2f} points of "
+            f"No: {rival} is better than {every}. The next, {best}, is {-v.beside:.2f} points of "
             f"Δp behind it, and at least {_points(-v.hidden)}."
         )
     if v.kind == "as good":
         certain = " for certain" if v.low > 0 else ""
         return (
-            f"No: {rival} does as well as {every}. {best} is{certain} {_signed(v.effect)} beside it, "
-            f"none is more than {_points(v.hidden)} above it, and less than {v.margin:g} does not "
-            f"matter (--margin)."
+            f"No: {rival} does as well as {every}. {best} is{certain} {_signed(v.beside)} beside "
+            f"it, none is more than {_points(v.hidden)} above it, and less than {v.margin:g} does "
+            f"not matter (--margin)."
         )
     if v.kind == "bounded":
         return (
@@ -141,7 +147,7 @@ def _verdict(rows: Sequence[Row], found: Finding, with_seeds: str) -> str:
 def _ahead(rows: Sequence[Row], found: Finding) -> str:
     v = found.verdict
     best, rival = _named(rows, found.method), _named(rows, found.rival)
-    return f"{best} is {_signed(v.effect)} beside {rival} ({_bounds(found)})"
+    return f"{best} is {_signed(v.beside)} beside {rival} ({_bounds(found)})"
 
 
 def _basis(found: Finding) -> str:
@@ -150,7 +156,8 @@ def _basis(found: Finding) -> str:
     arms = found.runs // len(found.seeds)
     return (
         f"{len(found.seeds)} {fresh} ({last}) of {arms} methods, {found.runs} runs, and on "
-        f"{found.rule}. Its error rate is {100 * found.verdict.alpha:.0f} %: where no balancer is better, "
+        f"{found.rule}. Its error rate is {100 * found.verdict.alpha:.0f} %: where no balancer is "
+        f"better, "
         f'at most {100 * found.verdict.alpha:.0f} comparisons in 100 say "yes"'
     )
 
@@ -182,8 +189,10 @@ def _against_single(summary: Summary, judgement: Judgement) -> list[str]:
             return []
         where = "above" if _mean(best) > 0 else "below"
         return [
-            f"The best joint training, {_text(best)}, is {where} {single}; by how much is not "
-            f"known with fewer than two seeds of each."
+            (
+                f"The best joint training, {_text(best)}, is {where} {single}; by how much is not "
+                f"known with fewer than two seeds of each."
+            )
         ]
     v = found.verdict
     best_text = f"The best joint training, {_named(rows, found.method)},"
@@ -225,8 +234,10 @@ def _cost(summary: Summary, judgement: Judgement, equal: Row) -> list[str]:
         return []
     memory = "" if row.peak_mb is None else f" (peak memory {_memory(row, equal)})"
     return [
-        f"Cost: {name(row.method)} takes {row.step_ratio:.2f} times as long a step as equal "
-        f"weighting{memory}."
+        (
+            f"Cost: {name(row.method)} takes {row.step_ratio:.2f} times as long a step as equal "
+            f"weighting{memory}."
+        )
     ]
 
 

@@ -169,8 +169,8 @@ def compare(options: argparse.Namespace, command: str) -> int:
 def _check_numbers(options: argparse.Namespace) -> None:
     if options.margin is not None and not 0 < options.margin < float("inf"):
         raise CompareError(
-            f"Expected --margin to be a number above 0 but found {options.margin}. Give the smallest "
-            f"difference that matters, in points of Δp."
+            f"Expected --margin to be a number above 0 but found {options.margin}. Give the "
+            f"smallest difference that matters, in points of Δp."
         )
     if options.confirm is None:
         return
@@ -317,7 +317,8 @@ def _report(
     failed = any(row.errors for row in (*summary.rows, *summary.fresh))
     if failed:
         say(
-            f"\nWhat failed runs printed, with their tracebacks, is in {results.path.parent / 'logs'}."
+            f"\nWhat failed runs printed, with their tracebacks, is in "
+            f"{results.path.with_name('logs')}."
         )
     return failed
 

@@ -10,7 +10,7 @@ import numpy as np
 from lightning_mtl.compare.grid import SINGLE
 from lightning_mtl.compare.verdict import (
     Differences,
-    Moderated,
+    Joint,
     Paired,
     Verdict,
     against_baseline,
@@ -24,11 +24,12 @@ from lightning_mtl.compare.verdict import (
 from lightning_mtl.compare.verdict.scores import Array
 
 # In points of Δp: one percent of a metric, averaged over the tasks. Less than that is less than
-# what the seed alone does in every example here, and seldom worth a step that takes 1.5 times as long.
+# what the seed alone does in every example here, and seldom worth a step that takes 1.5 times
+# as long.
 MARGIN = 1.0
 ALPHA = 0.05
 FEWEST = 3  # seeds of a "yes": with two, a difference has to be many times what seeds do
-MODERATED = "a many-to-one test with moderated variances, blocked by seed"
+MODERATED = "many-to-one t-tests, moderated and blocked by seed (4 %), or paired by seed (1 %)"
 PAIRED = "paired one-sided t-tests on fresh seeds against every rival"
 WELCH = "Welch's t-test with the spread of the single-task runs counted"
 _CONFIRM = (5, 10, 20, 50)  # seeds to propose
@@ -149,23 +150,23 @@ def judge(candidates: Sequence[Candidate], margin: float = MARGIN) -> Judgement:
 
 def _compare(found: Judgement, whole: list[Candidate], equal: int, scores: Array) -> None:
     """What needs at least two methods."""
-    moderated = Moderated(scores)
+    joint = Joint(scores)
     others = [i for i in range(len(whole)) if i != equal]
-    beside = settled(moderated.between(others, [equal]), scores[others], scores[equal : equal + 1])
+    beside = settled(joint.between(others, [equal]), scores[others], scores[equal : equal + 1])
     low, high = simultaneous_intervals(beside, ALPHA)
     found.beside_equal = _named([whole[i].method for i in others], low, high)
-    found.ties = [c.method for c, tie in zip(whole, ties_with_best(moderated), strict=True) if tie]
-    found.luck = float(luck_of_the_best(moderated))
+    found.ties = [c.method for c, tie in zip(whole, ties_with_best(joint), strict=True) if tie]
+    found.luck = float(luck_of_the_best(joint.moderated))
     balancers = [i for i, c in enumerate(whole) if c.kind == "balancer"]
     rivals = [i for i, c in enumerate(whole) if c.kind != "balancer"]
     if not balancers:
         return
-    differences = settled(moderated.between(balancers, rivals), scores[balancers], scores[rivals])
+    differences = settled(joint.between(balancers, rivals), scores[balancers], scores[rivals])
     names = [whole[i].method for i in rivals]
     finding = _finding(differences, [whole[i] for i in balancers], names, MODERATED, found)
     found.balancing = finding
     if len(found.seeds) >= FEWEST and np.isfinite(finding.verdict.shows):
-        found.next_confirm = _next(Paired(scores), balancers[finding.verdict.method], rivals, found)
+        found.next_confirm = _next(joint.paired, balancers[finding.verdict.method], rivals, found)
 
 
 def _next(paired: Paired, leader: int, rivals: list[int], found: Judgement) -> tuple[int, float]:

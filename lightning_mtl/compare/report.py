@@ -92,7 +92,7 @@ def report_html(
 relative improvement of each task's metrics over the mean single-task run, in percent. Step time is
 the median of one training step, and peak memory what a training adds to its process, both measured
 in a short run with nothing beside it. Intervals hold with 95 % for all rows together; those of Δp
-count the spread of the single-task runs. "May be best": not shown to be worse than any other row.</p>
+count the spread of the single-task runs. "May be best": not shown to be worse than another.</p>
 {_fresh(summary)}
 <h2>Pictures</h2>{(figures + undrawn) or "<p>No run finished that could be drawn.</p>"}
 <h2>How it was run</h2>

@@ -17,6 +17,7 @@ from lightning_mtl.compare.verdict.bounds import (
 )
 from lightning_mtl.compare.verdict.decide import Verdict, decide
 from lightning_mtl.compare.verdict.differences import Differences, settled
+from lightning_mtl.compare.verdict.joint import Joint
 from lightning_mtl.compare.verdict.moderated import Moderated
 from lightning_mtl.compare.verdict.paired import Paired
 from lightning_mtl.compare.verdict.planning import seeds_needed, smallest_that_shows
@@ -25,6 +26,7 @@ from lightning_mtl.compare.verdict.scores import as_scores
 
 __all__ = [
     "Differences",
+    "Joint",
     "Moderated",
     "Paired",
     "Verdict",

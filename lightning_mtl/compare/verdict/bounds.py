@@ -37,8 +37,8 @@ def advantage(
 ) -> tuple[Array, Array, Array]:
     r"""By how much each method is ahead of the best rival: estimate, lower and upper bound.
 
-    The advantage is :math:`\min_j (\mu_k - \mu_j)`. The lower bounds are below it for all methods at
-    once, each upper bound is above it, both with probability :math:`1 - \alpha`.
+    The advantage is :math:`\min_j (\mu_k - \mu_j)`. The lower bounds are below it for all methods
+    at once, each upper bound is above it, both with probability :math:`1 - \alpha`.
     """
     check_level("alpha", alpha)
     methods, rivals = differences.estimate.shape[-2:]

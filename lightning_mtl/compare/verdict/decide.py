@@ -30,8 +30,9 @@ class Verdict:
         method: index of the method that is better, or else of the one that is ahead.
         rival: index of the rival that is as good, or else of the best one.
         effect: by how much ``method`` is ahead of the best rival.
-        low: lower bound of that.
-        high: upper bound of that.
+        beside: by how much it is ahead of ``rival``.
+        low: lower bound of ``effect``.
+        high: upper bound of it.
         hidden: what no method's advantage exceeds.
         shows: the advantage that would have shown with probability 0.8.
         needed: seeds in all that would show the margin, ``None`` for too many.
@@ -43,6 +44,7 @@ class Verdict:
     method: int
     rival: int
     effect: float
+    beside: float
     low: float
     high: float
     hidden: float
@@ -88,22 +90,17 @@ def decide(
         kind = "yes"
     elif shows[k] <= margin:
         kind = "bounded"
-    of_k = Differences(
-        differences.estimate[k : k + 1],
-        differences.error[k : k + 1],
-        np.broadcast_to(differences.freedom, differences.estimate.shape)[k : k + 1],
-        differences.seeds,
-    )
     return Verdict(
         kind,
         k,
         j,
         float(estimate[k]),
+        float(differences.estimate[k, j]),
         float(low[k]),
         float(high[k]),
         float(largest_hidden(differences, alpha)),
         float(shows[k]),
-        seeds_needed(of_k, margin, alpha, power, tried=len(estimate)),
+        seeds_needed(differences.of(k), margin, alpha, power, tried=len(estimate)),
         alpha,
         margin,
     )

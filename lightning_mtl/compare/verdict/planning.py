@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-from scipy import stats
 
 from lightning_mtl.compare.verdict.differences import Differences
 from lightning_mtl.compare.verdict.scores import Array, check_level, check_margin
@@ -22,13 +21,7 @@ def smallest_that_shows(
     check_level("power", power)
     methods, rivals = differences.estimate.shape[-2:]
     tried = methods if tried is None else tried
-    return _shows(differences.error, differences.freedom, alpha / tried, power ** (1 / rivals))
-
-
-def _shows(error: Array, freedom: Array, alpha: float, power: float) -> Array:
-    quantiles = stats.t.isf(alpha, freedom) + stats.t.ppf(power, freedom)
-    shows: Array = (quantiles * error).max(-1)
-    return shows
+    return np.asarray(differences.reach(alpha / tried, power ** (1 / rivals)).max(-1))
 
 
 def seeds_needed(
@@ -60,10 +53,8 @@ def seeds_needed(
     level = alpha / (1 if tried is None else tried)
     if not np.isfinite(differences.error).all():
         return None
-    one = differences.error * np.sqrt(differences.seeds)
     for seeds in range(2, most + 1):
-        freedom = differences.freedom * (seeds - 1) / (differences.seeds - 1)
-        found = _shows(one / np.sqrt(seeds), freedom, level, power ** (1 / rivals))
+        found = differences.over(seeds).reach(level, power ** (1 / rivals))
         if float(found.max()) <= effect:
             return seeds
     return None

@@ -9,11 +9,12 @@ from numpy.typing import NDArray
 from scipy import integrate, stats
 
 from lightning_mtl.compare.verdict.differences import settled
+from lightning_mtl.compare.verdict.joint import Joint
 from lightning_mtl.compare.verdict.moderated import Moderated
 from lightning_mtl.compare.verdict.scores import Array, check_level
 
 
-def ties_with_best(scores: Moderated, alpha: float = 0.05) -> NDArray[np.bool_]:
+def ties_with_best(scores: Joint | Moderated, alpha: float = 0.05) -> NDArray[np.bool_]:
     r"""Which methods may be the best one, ``(..., A)``.
 
     Hsu's multiple comparisons with the best (Ann. Statist. 9, 1981), with Bonferroni's quantile:
@@ -21,7 +22,7 @@ def ties_with_best(scores: Moderated, alpha: float = 0.05) -> NDArray[np.bool_]:
     all :math:`j`. The truly best one stays with probability :math:`1 - \alpha`.
     """
     check_level("alpha", alpha)
-    methods = scores.mean.shape[-1]
+    methods = scores.scores.shape[-2]
     found = scores.between(range(methods), range(methods))
     found = settled(found, scores.scores, scores.scores)
     return np.asarray((found.upper(alpha / (methods - 1)) >= 0).all(-1))
