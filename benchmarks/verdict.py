@@ -269,9 +269,9 @@ def main() -> None:
         print(f"Found with 80 %, {shape}, in sd of a run\n")
         by_k = {k: effects(shape, k, options.draws) for k in (1, 16, 42)}
         table(
-            ["", *(f"K={k}: runs | effect" for k in by_k)],
+            ["", *(text for k in by_k for text in (f"K={k}: runs", "effect"))],
             [
-                [rows[0][0], *(f"{runs} | {effect:.1f}" for _, runs, effect in rows)]
+                [rows[0][0], *(text for _, runs, e in rows for text in (str(runs), f"{e:.1f}"))]
                 for rows in zip(*by_k.values(), strict=True)
             ],
         )

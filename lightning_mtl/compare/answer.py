@@ -57,7 +57,8 @@ def _screened(summary: Summary, judgement: Judgement, balancers: Sequence[Row]) 
         return [
             (
                 f"Cannot tell: on the one seed that was run, {_text(best)} is {where} "
-                f"{_text(rival)}, and of one run nothing is known about chance. Use --seeds {_FEWEST} or more."
+                f"{_text(rival)}, and of one run nothing is known about chance. Use --seeds "
+                f"{_FEWEST} or more."
             )
         ]
     if found is None:
