@@ -1,4 +1,4 @@
-"""Images of two overlapping digits, from scikit-learn's load_digits or from MNIST."""
+"""Images of two overlapping digits, from load_digits, MNIST, or a data set in MNIST's format."""
 
 from __future__ import annotations
 
@@ -12,11 +12,17 @@ import torch.nn.functional as F
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
+from examples.digits.idx import read_labelled
+
 SIZE, CANVAS = 28, 32
-HELD_OUT = {"digits": 300, "mnist": 10_000}  # source digits for validation, and as many for test
+HELD_OUT = {
+    "digits": 300,
+    "mnist": 10_000,
+    "fashion-mnist": 10_000,
+}  # source digits for validation, and as many for test
 STAGES = {"train": 0, "val": 1, "test": 2}
 
-Source = Literal["digits", "mnist"]
+Source = Literal["digits", "mnist", "fashion-mnist"]
 Batch = tuple[Tensor, dict[str, Tensor]]
 
 
@@ -132,8 +138,10 @@ class DigitsDataModule(LightningDataModule):
 
     Args:
         source: ``"digits"`` (scikit-learn's 1,797 real digits of 8x8, upscaled; no download) or
-            ``"mnist"`` (through torchvision).
-        root: folder of MNIST: the files lie in ``root/MNIST/raw``.
+            ``"mnist"`` (which torchvision downloads) or ``"fashion-mnist"`` (70,000 real images of
+            clothes in the same format; nothing is downloaded).
+        root: folder of the images. Those of MNIST lie in ``root/MNIST/raw``, where torchvision
+            puts them, those of Fashion-MNIST in ``root`` itself.
         batch_size: training pairs a batch, for each process.
         train_pairs: training pairs an epoch.
         eval_pairs: pairs for validation, and as many for test.
@@ -179,7 +187,11 @@ class DigitsDataModule(LightningDataModule):
     def setup(self, stage: str = "fit") -> None:
         """Load the source digits, divided, once."""
         if not self.digits:
-            self.digits = load_mnist(self.root) if self.source == "mnist" else load_sklearn()
+            if self.source == "digits":
+                self.digits = load_sklearn()
+            else:
+                raw = self.root / "MNIST" / "raw" if self.source == "mnist" else self.root
+                self.digits = load_idx(raw)
 
     def train_dataloader(self) -> FreshPairs:
         seed = torch.initial_seed() if self.seed is None else self.seed
@@ -203,6 +215,8 @@ class DigitsDataModule(LightningDataModule):
 
 def require(source: Source) -> None:
     """Import what ``source`` needs: early, so that processes forked later need not do it."""
+    if source == "fashion-mnist":  # read by our own reader
+        return
     module, package, extra = {
         "digits": ("sklearn.datasets", "scikit-learn", "demo"),
         "mnist": ("torchvision.datasets", "torchvision", "vision"),
@@ -250,16 +264,26 @@ def download_mnist(root: Path) -> None:
         ) from error
 
 
-def load_mnist(root: Path) -> dict[str, Digits]:
-    """MNIST: its last 10,000 training images (at most a sixth) are for validation."""
-    from torchvision.datasets import MNIST
+def load_idx(folder: Path) -> dict[str, Digits]:
+    """Four files in MNIST's format: the last 10,000 training images are for validation.
 
-    parts = {}
-    for name, train in (("train", True), ("test", False)):
-        part = MNIST(root, train=train)
-        parts[name] = Digits(part.data.unsqueeze(1), part.targets.to(torch.uint8))
-    whole = parts["train"]
-    cut = len(whole.labels) - min(HELD_OUT["mnist"], len(whole.labels) // 6)
-    parts["train"] = Digits(whole.images[:cut], whole.labels[:cut])
-    parts["val"] = Digits(whole.images[cut:], whole.labels[cut:])
-    return parts
+    Of fewer than 60,000 images it is the last sixth.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a file is damaged; see :func:`~examples.digits.idx.read_labelled`.
+    """
+    images, labels = read_labelled(folder, "train")
+    whole = Digits(images.unsqueeze(1), labels)
+    cut = len(labels) - min(HELD_OUT["mnist"], max(1, len(labels) // 6))
+    if not cut:
+        raise ValueError(
+            f"Expected at least two training images in {folder}, one of them for validation, "
+            f"found {len(labels)}."
+        )
+    images, labels = read_labelled(folder, "t10k")
+    return {
+        "train": Digits(whole.images[:cut], whole.labels[:cut]),
+        "val": Digits(whole.images[cut:], whole.labels[cut:]),
+        "test": Digits(images.unsqueeze(1), labels),
+    }

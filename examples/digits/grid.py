@@ -15,8 +15,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
+from examples.digits.data import HELD_OUT
+from examples.digits.model import TwoDigits
+from examples.footprint import footprint_table
 from lightning_mtl.metrics import delta_p
 
 HERE = Path(__file__).parent
@@ -34,7 +38,9 @@ def parse(args: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[s
         epilog="Other options (--seeds, --workers, --only) go on to `lightning-mtl compare`.",
     )
     parser.add_argument("--out", type=Path, required=True, help="folder; a subfolder a rate")
-    parser.add_argument("--source", choices=("digits", "mnist"), default="mnist")
+    parser.add_argument("--source", choices=tuple(HELD_OUT), help="instead of the config's")
+    parser.add_argument("--root", type=Path, help="folder of the images, instead of the config's")
+    parser.add_argument("--rates", type=float, nargs="+", default=RATES, help="the paper's five")
     parser.add_argument("--config", type=Path, default=HERE / "paper.yaml")
     parser.add_argument("--balancers", type=Path, default=HERE / "balancers.yaml")
     parser.add_argument("--max-epochs", type=int, help="instead of the config's")
@@ -45,7 +51,9 @@ def compare(rate: float, options: argparse.Namespace, rest: Sequence[str]) -> Pa
     """Run, or continue, the comparison at one rate; returns its folder."""
     config = yaml.safe_load(options.config.read_text(encoding="utf-8"))
     config["model"]["init_args"]["lr"] = rate
-    config["data"]["init_args"]["source"] = options.source
+    for name in ("source", "root"):
+        if (value := getattr(options, name)) is not None:
+            config["data"]["init_args"][name] = str(value)
     if options.max_epochs:
         config["trainer"]["max_epochs"] = options.max_epochs
     options.out.mkdir(parents=True, exist_ok=True)
@@ -114,11 +122,15 @@ def best(results: dict[float, dict[str, Metrics]]) -> dict[str, tuple[float, Met
 
 def main(args: Sequence[str] | None = None) -> None:
     options, rest = parse(args)
-    results = {rate: means(compare(rate, options, rest)) for rate in RATES}
+    results = {rate: means(compare(rate, options, rest)) for rate in options.rates}
     print(f"\n{'method':28}{'rate':>8}{'accuracy':>10}{'MSE':>9}{'Δp':>9}")
     for method, (rate, metrics, value) in best(results).items():
         accuracy, mse = (metrics[task][metric] for task, (metric, _) in METRICS.items())
         print(f"{method:28}{rate:>8g}{accuracy:>10.4f}{mse:>9.4f}{value:>+8.1f}%")
+    config = yaml.safe_load(options.config.read_text(encoding="utf-8"))
+    print(
+        f"\n{footprint_table(TwoDigits(**config['model']['init_args']), torch.rand(1, 1, 28, 28))}"
+    )
 
 
 if __name__ == "__main__":
