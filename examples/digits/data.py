@@ -15,11 +15,8 @@ from torch import Tensor
 from examples.digits.idx import read_labelled
 
 SIZE, CANVAS = 28, 32
-HELD_OUT = {
-    "digits": 300,
-    "mnist": 10_000,
-    "fashion-mnist": 10_000,
-}  # source digits for validation, and as many for test
+# Source digits for validation, and as many for test.
+HELD_OUT = {"digits": 300, "mnist": 10_000, "fashion-mnist": 10_000}
 STAGES = {"train": 0, "val": 1, "test": 2}
 
 Source = Literal["digits", "mnist", "fashion-mnist"]

@@ -128,9 +128,8 @@ def main(args: Sequence[str] | None = None) -> None:
         accuracy, mse = (metrics[task][metric] for task, (metric, _) in METRICS.items())
         print(f"{method:28}{rate:>8g}{accuracy:>10.4f}{mse:>9.4f}{value:>+8.1f}%")
     config = yaml.safe_load(options.config.read_text(encoding="utf-8"))
-    print(
-        f"\n{footprint_table(TwoDigits(**config['model']['init_args']), torch.rand(1, 1, 28, 28))}"
-    )
+    model = TwoDigits(**config["model"]["init_args"])
+    print(f"\n{footprint_table(model, torch.rand(1, 1, 28, 28))}")
 
 
 if __name__ == "__main__":
