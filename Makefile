@@ -14,8 +14,8 @@ export MPLBACKEND ?= Agg
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install lint format types test test-slow test-lowest test-ported docs demo cost bench \
-	gpu ci clean
+.PHONY: help install lint format types test test-slow test-lowest test-ported docs demo papers cost \
+	bench gpu ci clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -72,6 +72,13 @@ demo: install  ## two digits, every balancer, three seeds; report in demo_result
 		--balancers examples/digits/balancers.yaml --seeds 3 --workers 2 --split test \
 		--out demo_results
 
+# Logic gates as published, the two digits in a short form: fewer pairs, epochs and rates.
+papers: install  ## tables of the papers that take minutes; results in papers_results/
+	$(BIN)/python -m examples.logic_gates.tables --out papers_results/logic_gates
+	$(BIN)/python -m examples.digits.grid --out papers_results/digits --source digits \
+		--balancers examples/digits/table5.yaml --rates 0.01 0.05 0.1 --pairs 6400 2000 \
+		--max-epochs 3 --seeds 1
+
 cost: install  ## fail when a step costs more, beside plain training, than it did
 	$(BIN)/python benchmarks/check.py
 
@@ -87,4 +94,5 @@ gpu:  ## tests and times on an NVIDIA GPU, ten minutes at most; results in gpu.j
 ci: lint types test docs cost  ## what CI runs
 
 clean:  ## remove what builds and runs wrote; the environment stays
-	rm -rf build dist docs/_build demo_results .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist docs/_build demo_results papers_results .mypy_cache .pytest_cache \
+		.ruff_cache .hypothesis

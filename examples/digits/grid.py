@@ -44,6 +44,13 @@ def parse(args: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[s
     parser.add_argument("--config", type=Path, default=HERE / "paper.yaml")
     parser.add_argument("--balancers", type=Path, default=HERE / "balancers.yaml")
     parser.add_argument("--max-epochs", type=int, help="instead of the config's")
+    parser.add_argument(
+        "--pairs",
+        type=int,
+        nargs=2,
+        metavar=("TRAIN", "EVAL"),
+        help="pairs an epoch and for validation, instead of the config's",
+    )
     return parser.parse_known_args(args)
 
 
@@ -54,6 +61,9 @@ def compare(rate: float, options: argparse.Namespace, rest: Sequence[str]) -> Pa
     for name in ("source", "root"):
         if (value := getattr(options, name)) is not None:
             config["data"]["init_args"][name] = str(value)
+    if options.pairs:
+        names = ("train_pairs", "eval_pairs")
+        config["data"]["init_args"].update(zip(names, options.pairs, strict=True))
     if options.max_epochs:
         config["trainer"]["max_epochs"] = options.max_epochs
     options.out.mkdir(parents=True, exist_ok=True)

@@ -159,3 +159,18 @@ def test_one_model_costs_less_than_two():
     assert two.memory - one.memory >= 4 * encoder
     assert one.seconds > 0
     assert f"| one model | {one.parameters:,} |" in footprint_table(model, inputs)
+
+
+@pytest.mark.slow  # two comparisons, each in processes of its own
+def test_the_grid_runs_on_a_folder_and_prints_both_tables(tmp_path, capsys):
+    folder = write(tmp_path / "images", train=200, test=20)
+    options = ["--config", str(FOLDER / "fashion.yaml"), "--root", str(folder)]
+    options += ["--balancers", str(FOLDER / "table5.yaml"), "--only", "MinNorm"]
+    options += ["--rates", "0.01", "0.001", "--pairs", "128", "50", "--max-epochs", "1"]
+    grid.main([*options, "--seeds", "1", "--out", str(tmp_path / "out")])
+    text = capsys.readouterr().out
+    assert re.search(r"^MinNorm +0\.0", text, re.MULTILINE)
+    assert "| 2 models |" in text
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {
+        "lr0.01", "lr0.01.yaml", "lr0.001", "lr0.001.yaml"
+    }  # fmt: skip
