@@ -1,6 +1,6 @@
 """The directions that the paper compares, for many runs of two tasks at once.
 
-The library weighs one Gramian a call, which for the 30 million steps of these tables would take
+The library weighs one Gramian a call, which for the 15 million steps of these tables would take
 hours. Here are the same equations over a leading dimension of runs, in the space of gradients, and
 with the readings of the paper that the library does not offer. `tests/examples` compares them with
 the library's functions, and three whole trainings with the Trainer.

@@ -27,9 +27,9 @@ def draw(folder: Path, epochs: int) -> None:
     figure = Figure((5, 4), layout="constrained")
     _draw_factors(figure)
     figure.savefig(folder / "figure6.png", dpi=100)
-    figure = Figure((9, 13), layout="constrained")
+    figure = Figure((9, 12), layout="constrained")
     _draw_curves(figure, epochs)
-    figure.savefig(folder / "figure7.png", dpi=80)
+    figure.savefig(folder / "figure7.png", dpi=70)
 
 
 def _draw_factors(figure: Figure) -> None:
@@ -50,11 +50,19 @@ def _draw_curves(figure: Figure, epochs: int) -> None:
     for axes, (title, cell) in zip(panels, PANELS.items(), strict=True):
         found, right = curves(cell, 0, epochs), axes.twinx()
         for task, (gate, angle, norm) in enumerate(zip(GATES, ANGLES, NORMS, strict=True)):
-            axes.plot([a[task] for a in found.angles], color=angle, label=f"angle {gate.upper()}")
-            right.plot(
-                [n[task] for n in found.norms], color=norm, alpha=0.7, label=f"norm {gate.upper()}"
+            axes.plot(
+                [a[task] for a in found.angles], color=angle, lw=1, label=f"angle {gate.upper()}"
             )
-        right.plot(found.direction, color="tab:orange", alpha=0.7, label="norm of the direction")
+            right.plot(
+                [n[task] for n in found.norms],
+                color=norm,
+                alpha=0.7,
+                lw=1,
+                label=f"norm {gate.upper()}",
+            )
+        right.plot(
+            found.direction, color="tab:orange", alpha=0.7, lw=1, label="norm of the direction"
+        )
         right.set(yscale="log", ylabel="gradient norm")
         axes.axhline(90, color="black", linewidth=0.5)
         axes.set(title=title, ylabel="angle, degrees", ylim=(0, 180))
