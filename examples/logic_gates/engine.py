@@ -78,7 +78,7 @@ def gradients_of(
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Losses and gradients of :class:`~examples.logic_gates.model.Network` in ``R`` runs.
 
-    By hand, for which a step takes a tenth of the time that automatic differentiation needs.
+    By hand: with so small a network, automatic differentiation would be most of the time.
 
     Args:
         parameters: those of :func:`initial`, each with a leading dimension ``R``.
