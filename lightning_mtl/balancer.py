@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import numpy as np
 import torch
@@ -33,6 +33,30 @@ class Columns:
 
     names: tuple[str, ...]
     sizes: tuple[int, ...]
+
+
+@runtime_checkable
+class Perturbing(Protocol):
+    """A gradient balancer that says where the gradient of each task is to be taken.
+
+    Attributes:
+        local: what :meth:`perturbations` gets of each task: its ``"gradient"``, or an
+            ``"estimate"`` from two losses.
+    """
+
+    local: Literal["estimate", "gradient"]
+
+    def probes(self, like: Tensor, count: int) -> Tensor:
+        """Displacements of the shared parameters for the estimate, shape ``(T, P)``.
+
+        A new tensor, which may be overwritten.
+        """
+
+    def perturbations(self, average: Tensor, local: Tensor) -> Tensor:
+        """Perturbations of the shared parameters, shape ``(T, P)``."""
+
+    def head_perturbation(self, gradient: Tensor) -> Tensor:
+        """Perturbation of a task's own parameters, shape ``(P_t,)``."""
 
 
 # What Lightning calls in every step. It enters a profiler's context for each that can be called.
@@ -230,6 +254,16 @@ class GradientBalancer(Balancer):
     def gramian_weighted(self) -> bool:
         r"""Whether the direction is :math:`J^\top w` with weights from the Gramian."""
         return type(self).direction is GradientBalancer.direction
+
+    @property
+    def own_head_weights(self) -> bool:
+        """Whether head gradients get other weights than the direction."""
+        return type(self).head_weights is not GradientBalancer.head_weights
+
+    @property
+    def perturbs(self) -> bool:
+        """Whether it says where the gradient of each task is to be taken (:class:`Perturbing`)."""
+        return isinstance(self, Perturbing)
 
     def weights(self, gramian: Tensor, losses: Tensor) -> Tensor:
         r"""Weights :math:`w`, shape ``(T,)``, of the task gradients in the direction.

@@ -25,8 +25,8 @@ from lightning_mtl import (
     NashMTL,
     RandomWeighting,
     UPGrad,
-    backward,
 )
+from lightning_mtl.engine.forms import backward
 from tests.models import Balanced, loader, trainer
 
 READS = {"item", "tolist", "numpy", "cpu", "__bool__", "__float__", "__int__", "__index__"}

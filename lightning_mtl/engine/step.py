@@ -14,12 +14,11 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from lightning_mtl.balancer import GradientBalancer, LossBalancer, at_least_float32
+from lightning_mtl.balancer import GradientBalancer, at_least_float32
 from lightning_mtl.contract import Loop, TaskModule
 from lightning_mtl.engine.again import Reached, Seen, losses_again, remember
 from lightning_mtl.engine.closure import Closure, without_autocast
 from lightning_mtl.engine.forms.backward import Backward
-from lightning_mtl.engine.forms.perturbed import Perturbing
 from lightning_mtl.engine.forms.probe import check_behind
 from lightning_mtl.engine.gradients.layout import Layout
 from lightning_mtl.engine.gradients.task_losses import TaskLosses
@@ -37,7 +36,7 @@ from lightning_mtl.engine.stages import (
     same_tasks,
     warn_of_one_task,
 )
-from lightning_mtl.engine.two_stages import of_all, own_head_weights
+from lightning_mtl.engine.two_stages import of_all
 from lightning_mtl.loss_balancers import EqualWeighting
 from lightning_mtl.ranks import ranks_of
 from lightning_mtl.saved import entry, names_in
@@ -66,7 +65,7 @@ class Flow:
         self._learners = [b for b in self.balancers if learns(b)]
         asking = [b for b in self.balancers if getattr(b, "needs_losses_after", False)]
         self._again = bool(asking)
-        self._perturbed = isinstance(self.gradient_balancer, Perturbing)
+        self._perturbed = self.gradient_balancer is not None and self.gradient_balancer.perturbs
         self._all_rows = needs_all_rows(self.gradient_balancer)
         if self.gradient_balancer and (self._perturbed or self.gradient_balancer.products):
             asking.append(self.gradient_balancer)
@@ -332,7 +331,7 @@ class Flow:
         with balancer.only(*self.backward.rows_of(rows)):
             reused = balancer.reused_weights()
             wanted = balancer.wanted(len(rows)) if single else None
-            own = balancer.weight_heads and own_head_weights(balancer)
+            own = balancer.weight_heads and balancer.own_head_weights
             heads = balancer.head_weights() if reused is not None and own else None
         if wanted is not None:
             group.wanted = {rows[i] for i in wanted} | group.outside
@@ -369,7 +368,7 @@ class Flow:
             after = losses_again(self.module, group.seen, names, self.ranks).to(losses)
         for balancer in self._learners:
             rows, part = present, list(range(len(present)))
-            if not isinstance(balancer, LossBalancer):
+            if balancer is not self.loss_balancer:
                 rows = group.balanced()
                 part = [i for i, t in enumerate(present) if t in rows]
             if not rows:

@@ -183,7 +183,7 @@ def aggregate(
                 weights = _among(found, part, gradient_balancer, exact)
                 combined = _product(scale, weights)
                 head_weights = combined if gradient_balancer.weight_heads else scale
-                if gradient_balancer.weight_heads and own_head_weights(gradient_balancer):
+                if gradient_balancer.weight_heads and gradient_balancer.own_head_weights:
                     own = gradient_balancer.head_weights()
                     head_weights = _product(scale, _among(own, part, gradient_balancer, exact))
             every_column = False
@@ -257,11 +257,6 @@ def _trial(
     weights = _among(weights, part, balancer, losses)
     balancer.load_state_dict(state)
     return weights
-
-
-def own_head_weights(balancer: GradientBalancer) -> bool:
-    """Whether head gradients get other weights than the direction."""
-    return type(balancer).head_weights is not GradientBalancer.head_weights
 
 
 def checked(weights: Tensor, balancer: Balancer, losses: Tensor, *, look: bool = True) -> Tensor:

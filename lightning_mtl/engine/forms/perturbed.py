@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from lightning_mtl.balancer import GradientBalancer, at_least_float32
+from lightning_mtl.balancer import GradientBalancer, Perturbing, at_least_float32
 from lightning_mtl.contract import TaskModule
 from lightning_mtl.engine.again import losses_again, replayed
 from lightning_mtl.engine.gradients.host import all_finite
@@ -21,30 +20,6 @@ from lightning_mtl.numerics.flat import real, with_places
 
 # Parameters as real tensors, and what is to be added to them for a while.
 Moves = list[tuple[Tensor, Tensor]]
-
-
-@runtime_checkable
-class Perturbing(Protocol):
-    """A gradient balancer that says where the gradient of each task is to be taken.
-
-    Attributes:
-        local: what :meth:`perturbations` gets of each task: its ``"gradient"``, or an
-            ``"estimate"`` from two losses.
-    """
-
-    local: Literal["estimate", "gradient"]
-
-    def probes(self, like: Tensor, count: int) -> Tensor:
-        """Displacements of the shared parameters for the estimate, shape ``(T, P)``.
-
-        A new tensor, which may be overwritten.
-        """
-
-    def perturbations(self, average: Tensor, local: Tensor) -> Tensor:
-        """Perturbations of the shared parameters, shape ``(T, P)``."""
-
-    def head_perturbation(self, gradient: Tensor) -> Tensor:
-        """Perturbation of a task's own parameters, shape ``(P_t,)``."""
 
 
 def perturbed_rows(
