@@ -26,7 +26,7 @@ from lightning_mtl import (
     RandomWeighting,
     UPGrad,
 )
-from lightning_mtl.engine.forms import backward
+from lightning_mtl.engine.forms import bad_sum, balanced
 from tests.models import Balanced, loader, trainer
 
 READS = {"item", "tolist", "numpy", "cpu", "__bool__", "__float__", "__int__", "__index__"}
@@ -86,7 +86,8 @@ def counted(monkeypatch: pytest.MonkeyPatch, rule: str, *callbacks: Any) -> tupl
         with torch._C.DisableTorchFunction():
             return [t.detach().clone() for t in tensors]
 
-    monkeypatch.setattr(backward, "to_host", to_host)
+    for place in (bad_sum, balanced):
+        monkeypatch.setattr(place, "to_host", to_host)
     module = Watched(on_bad_loss=rule)
     module.transfers = transfers
     trainer(callbacks=list(callbacks), max_steps=3).fit(module, loader())

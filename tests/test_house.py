@@ -119,3 +119,27 @@ def test_the_top_has_few_rooms() -> None:
 def test_public_names_only() -> None:
     names = {name for name in dir(lightning_mtl) if not name.startswith("__")}
     assert names == set(lightning_mtl.__all__) - {"__version__"}
+
+
+FORMS = [name for name in FILES if name.startswith("engine.forms.")]
+
+
+def test_a_form_is_a_file_of_its_own_and_a_step_one_function() -> None:
+    for name in FORMS:
+        assert len(FILES[name].read_text().splitlines()) <= 200, name
+    text = FILES["engine.step"].read_text()
+    assert len(text.splitlines()) <= 400
+    nodes = [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.FunctionDef)]
+    (step,) = [n for n in nodes if n.name == "training_step"]
+    assert step.end_lineno is not None
+    assert step.end_lineno - step.lineno < 60
+
+
+@pytest.mark.parametrize("name", [*FORMS, "engine.step", "engine.two_stages", "engine.idle"])
+def test_objects_are_asked_not_types(name: str) -> None:
+    ours = ("Balancer", "Weighting", "Perturbing", "Gradients", "Probe", "Rows", "Form")
+    for node in ast.walk(ast.parse(FILES[name].read_text())):
+        call = isinstance(node, ast.Call) and getattr(node.func, "id", "") == "isinstance"
+        same = isinstance(node, ast.Compare) and ast.unparse(node.left).startswith("type(")
+        if call or same:
+            assert not any(word in ast.unparse(node) for word in ours), ast.unparse(node)

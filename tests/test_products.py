@@ -93,7 +93,7 @@ def test_the_other_estimate_is_that_of_a_linear_layer_behind() -> None:
 
     found: list[tuple[Tensor, Tensor, Tensor]] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lightning_mtl.engine.forms.backward.Products", Kept)
+        patch.setattr("lightning_mtl.engine.forms.probe.Products", Kept)
         fit(MinNorm(gradients="representation+2"), max_steps=1)
     ((estimate, rows, z),) = found  # once a step
     layers = torch.einsum("tbo,bi->toi", rows.view(3, *z.shape), z).flatten(1)

@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_mtl.contract import TaskModule
 from lightning_mtl.engine.again import Reached, Seen, replayed
-from lightning_mtl.engine.forms.probe import Probe
+from lightning_mtl.engine.forms.narrow import Probe
 from lightning_mtl.engine.gradients.host import to_host
 from lightning_mtl.engine.gradients.rows import TaskGradients
 from lightning_mtl.numerics import inner
