@@ -1,4 +1,4 @@
-"""The command ``lightning-mtl fit | validate | test | predict | compare``."""
+"""The command ``lightning-mtl fit | validate | test | predict | compare | report``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def main(args: Sequence[str] | None = None) -> int | None:
         args: command line without the program's name; ``None`` for that of the process.
 
     Returns:
-        The exit status of ``compare``; ``None`` for Lightning's commands.
+        The exit status of ``compare`` and ``report``; ``None`` for Lightning's commands.
     """
     args = list(sys.argv[1:] if args is None else args)
     use_current_directory()
@@ -31,5 +31,9 @@ def main(args: Sequence[str] | None = None) -> int | None:
         from lightning_mtl.compare.command import main as compare
 
         return compare(args[1:])
+    if args[:1] == ["report"]:
+        from lightning_mtl.compare.again import main as report
+
+        return report(args[1:])
     MultiTaskCLI(args)
     return None

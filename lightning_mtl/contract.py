@@ -110,6 +110,6 @@ def other_trainer(trainer: Any) -> str:
     return f"The Trainer is that of `pytorch_lightning`. {PACKAGES}" if foreign else ""
 
 
-def base_of(module: TaskModule) -> Any:
-    """The class that users subclass, of which a module inherits: ``MultiTaskModule``."""
-    return next(cls for cls in type(module).__mro__ if TaskModule in cls.__bases__)
+def base_of(cls: type) -> Any:
+    """The class that users subclass, of which ``cls`` inherits: ``MultiTaskModule``."""
+    return next(base for base in cls.__mro__ if TaskModule in base.__bases__)

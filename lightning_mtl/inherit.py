@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+from lightning.pytorch import LightningModule
+
+from lightning_mtl.contract import base_of
 
 # What a foreign base may define in place of ours, and hooks in which both have something to do.
 _INSTEAD = ("validation_step", "test_step", "predict_step", "configure_callbacks")
+Init = TypeVar("Init", bound=Callable[..., None])
 _running: set[tuple[int, str]] = set()  # modules and hooks of foreign bases that run now
 _BOTH = ("on_validation_epoch_end", "on_test_epoch_end", "on_load_checkpoint")
 
@@ -81,13 +86,74 @@ def check_constructor(cls: type, ours: type) -> None:
         if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
     ]
     if needed:
-        given = ", ".join(needed)
         raise TypeError(
             f"Expected the arguments {needed} of {base.__name__}, a base of {cls.__name__}, which "
-            f"`super().__init__` does not pass on. Write both lines in `{cls.__name__}.__init__`: "
-            f"`{base.__name__}.__init__(self, {given})`, then "
-            f"`MultiTaskModule.__init__(self, tasks=...)`."
+            f"`super().__init__` does not pass on. {_lines(cls, base, ', '.join(needed))}"
         )
+
+
+def without_others(constructor: Init) -> Init:
+    """Our constructor, whose ``**others`` are there to be refused, as its signature should be.
+
+    No wrapper: ``save_hyperparameters`` follows the calls of constructors, and ends at other ones.
+    """
+    signature = inspect.signature(constructor)
+    named = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    constructor.__signature__ = signature.replace(parameters=named)  # type: ignore[attr-defined]
+    return constructor
+
+
+def refuse(others: Iterable[str], cls: type) -> None:
+    """Refuse arguments that our constructor does not have, and that may be a foreign base's.
+
+    Raises:
+        TypeError: there are some.
+    """
+    for name in others:
+        base = _with_constructor(cls)
+        cure = "" if base is None else f". {_lines(cls, base, '...')}"
+        raise TypeError(
+            f"MultiTaskModule.__init__() got an unexpected keyword argument {name!r}{cure}"
+        )
+
+
+def check_constructed(module: Any) -> None:
+    """Refuse a module whose constructor of ours was not called, or before that of another base.
+
+    Raises:
+        TypeError: it was not, and our attributes are missing.
+    """
+    if "_tasks" not in module._modules:
+        raise incomplete(type(module))
+
+
+def incomplete(cls: type) -> TypeError:
+    """The error for a module in which a constructor is missing, or came too late."""
+    base, cure = _with_constructor(cls), f"Call `super().__init__(tasks=...)` in `{cls.__name__}`."
+    return TypeError(
+        f"Expected the constructors of all bases of {cls.__name__} to be called, that of "
+        f"MultiTaskModule last, but what they set is missing. "
+        f"{cure if base is None else _lines(cls, base, '...')}"
+    )
+
+
+def _with_constructor(cls: type) -> type | None:
+    """The first foreign base of ``cls`` that has a constructor."""
+    return next((b for b in foreign_bases(cls, base_of(cls)) if "__init__" in vars(b)), None)
+
+
+def _lines(cls: type, base: type, given: str) -> str:
+    """What to write in the constructor of ``cls``."""
+    if not issubclass(base, LightningModule):  # ours would begin all of nn.Module anew
+        return (
+            f"{base.__name__} is no LightningModule, so hold an object of it in an attribute "
+            f"instead of inheriting from it."
+        )
+    return (
+        f"Write both lines in `{cls.__name__}.__init__`: "
+        f"`{base.__name__}.__init__(self, {given})`, then "
+        f"`MultiTaskModule.__init__(self, tasks=...)`."
+    )
 
 
 def with_index(task_losses: Callable[..., Any], whose: str, *, bound: bool) -> Callable[..., Any]:

@@ -1,4 +1,4 @@
-"""MultiTaskModule: what a user subclasses. The training flow itself is in flow.py."""
+"""MultiTaskModule: what a user subclasses. The training flow itself is in engine/step.py."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
@@ -17,7 +17,17 @@ from lightning_mtl.contract import OnBadLoss, TaskModule
 from lightning_mtl.engine.losses import check_task_names, known_tasks
 from lightning_mtl.engine.record import StepRecord
 from lightning_mtl.engine.step import Flow
-from lightning_mtl.inherit import adopt, check_constructor, foreign_bases, last, with_index
+from lightning_mtl.inherit import (
+    adopt,
+    check_constructed,
+    check_constructor,
+    foreign_bases,
+    incomplete,
+    last,
+    refuse,
+    with_index,
+    without_others,
+)
 from lightning_mtl.numerics.storage import Memory
 from lightning_mtl.reserved import GUARDED, assigned, check_class
 from lightning_mtl.saved import entry
@@ -33,6 +43,7 @@ def _with_flags(
 ) -> Callable[[MultiTaskModule], list[Callback]]:
     @functools.wraps(configure_callbacks)
     def configured(self: MultiTaskModule) -> list[Callback]:
+        check_constructed(self)
         found = configure_callbacks(self)
         callbacks = list(found) if isinstance(found, Sequence) else [found]
         attached = [*callbacks, *self.trainer.callbacks]  # type: ignore[attr-defined]
@@ -128,6 +139,7 @@ class MultiTaskModule(TaskModule):
         _evaluation: Evaluation
         _flow: Flow | None  # made anew by every fit
 
+    @without_others
     def __init__(
         self,
         tasks: Mapping[str, Task] | Sequence[str] | None = None,
@@ -141,10 +153,14 @@ class MultiTaskModule(TaskModule):
         gradient_blocks: int = 4,
         baseline: Mapping[str, Mapping[str, float]] | str | Path | None = None,
         delta_p_metrics: Mapping[str, Mapping[str, bool]] | None = None,
+        **others: NoReturn,
     ) -> None:
+        refuse(others, type(self))
         if "_modules" not in vars(self):  # else a base's constructor has been called before
             check_constructor(type(self), MultiTaskModule)
             super().__init__()
+        elif "_automatic_optimization" not in vars(self):  # one of nn.Module, not Lightning's
+            raise incomplete(type(self))
         # `reserved.py` checks what is assigned to these, here and later.
         self.on_bad_loss: OnBadLoss = on_bad_loss
         self.gradient_memory: Memory = gradient_memory
@@ -358,6 +374,10 @@ class MultiTaskModule(TaskModule):
         adopt(cls, MultiTaskModule, foreign)
         if inspect.isfunction(task_losses := vars(cls).get("task_losses")):
             cls.task_losses = with_index(task_losses, cls.__name__, bound=False)  # type: ignore[method-assign]
+        elif isinstance(task_losses, (staticmethod, classmethod)):
+            static = isinstance(task_losses, staticmethod)  # which gets no `self`
+            called = with_index(task_losses.__func__, cls.__name__, bound=static)
+            cls.task_losses = type(task_losses)(called)  # type: ignore[method-assign, assignment]
         if not hasattr(cls.configure_callbacks, "attaches_flags"):
             cls.configure_callbacks = _with_flags(cls.configure_callbacks)  # type: ignore[method-assign]
         start = cls.on_train_batch_start

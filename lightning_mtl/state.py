@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_mtl.changed import arguments, change, look, note
-from lightning_mtl.saved import entry, unreadable
+from lightning_mtl.saved import alike, described, entry, finite, generator_of, unreadable
 
 _NONE: dict[str, Any] = {}
 _OF_A_RUN = ("sum_shards", "_told_by")  # they hold its buffers
@@ -317,7 +317,7 @@ class Stateful(Callback):
     def not_finite(self) -> list[str]:
         """Names of the states, nested balancers included, that hold a number that is not finite."""
         defaults = self._defaults.items()
-        own = [name for name, default in defaults if not _finite(getattr(self, name), default)]
+        own = [name for name, default in defaults if not finite(getattr(self, name), default)]
         return own + [found for b in self.nested().values() for found in b.not_finite()]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -341,7 +341,7 @@ class Stateful(Callback):
         self._divided.clear()
         self._generator = None
         if state_dict["generator"] is not None:
-            self._generator = _generator(state_dict["generator"], type(self).__name__)
+            self._generator = generator_of(state_dict["generator"], type(self).__name__)
         for name, nested in self.nested().items():
             nested.load_state_dict(state_dict["nested"][name])
 
@@ -358,9 +358,9 @@ class Stateful(Callback):
             )
         for name, value in state.items():
             default = self._defaults[name]
-            if not _like(value, default, name in self._per_task):
-                raise unreadable(owner, f"{_described(value)} as state `{name}`")
-        spoilt = [n for n, v in state.items() if not _finite(v, self._defaults[n])]
+            if not alike(value, default, name in self._per_task):
+                raise unreadable(owner, f"{described(value)} as state `{name}`")
+        spoilt = [n for n, v in state.items() if not finite(v, self._defaults[n])]
         if spoilt:
             raise ValueError(
                 f"Expected finite numbers in the saved state of {owner} but {spoilt} holds some "
@@ -369,7 +369,7 @@ class Stateful(Callback):
             )
         seeded = entry(saved, "generator", (Tensor, type(None)), owner)
         if seeded is not None:
-            _generator(seeded, owner)
+            generator_of(seeded, owner)
         inside = entry(saved, "nested", Mapping, owner)
         for name, nested in self.nested().items():
             nested._check_saved(entry(inside, name, Mapping, owner))
@@ -381,48 +381,6 @@ def _plain(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
         return all(_plain(v) for v in value)
     return isinstance(value, (bool, int, float, str, type(None)))
-
-
-def _finite(value: Any, default: Any = 0.0) -> bool:
-    """Whether the numbers in a state are finite; infinity is fine where it is the first value."""
-    if isinstance(value, Mapping):
-        return all(_finite(v) for v in value.values())
-    if isinstance(value, (list, tuple)):
-        return all(_finite(v) for v in value)
-    if isinstance(value, float):
-        value = torch.tensor(value)
-    if not isinstance(value, Tensor) or not (value.is_floating_point() or value.is_complex()):
-        return True
-    first = torch.as_tensor(default) if isinstance(default, (float, Tensor)) else torch.zeros(())
-    if first.isinf().any():  # "none yet"
-        return not bool(value.isnan().any())
-    return bool(value.isfinite().all())
-
-
-def _like(value: Any, default: Any, per_task: bool) -> bool:
-    """Whether a saved state is of the kind that was declared."""
-    if per_task:
-        return value is None or isinstance(value, Tensor)
-    if isinstance(default, Tensor):
-        return isinstance(value, Tensor) and value.shape == default.shape
-    if isinstance(default, (bool, int, float)):
-        return isinstance(value, (bool, int, float, Tensor))
-    return default is None or isinstance(value, (type(default), type(None)))
-
-
-def _described(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return f"a tensor of shape {tuple(value.shape)}"
-    return f"a {type(value).__name__}"
-
-
-def _generator(state: Tensor, owner: str) -> torch.Generator:
-    found = torch.Generator()
-    try:
-        found.set_state(state.cpu())
-    except (RuntimeError, TypeError) as error:
-        raise unreadable(owner, "no state of a generator as 'generator'") from error
-    return found
 
 
 def _copy(value: Any) -> Any:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from torchmetrics import MeanSquaredError
 from torchmetrics.classification import MulticlassAccuracy
 
@@ -89,6 +90,27 @@ class Untested(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         return Points().train_dataloader()
+
+
+class Nothing(Points):
+    """No training data."""
+
+    def train_dataloader(self) -> None:
+        return None
+
+
+class Empty(IterableDataset):
+    """Data of which nobody knows beforehand that there is none."""
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(())
+
+
+class NoBatch(Points):
+    """A training loader without a batch."""
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(Empty())
 
 
 class Leaving(TwoTasks):

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).parents[1]
-PATIENCE = 45.0  # seconds that a case may take before its processes are killed
+PATIENCE = 150.0  # seconds that a case may take before its processes are killed
 
 
 def run_cases(folder: Path, cases: Sequence[str], runner: str, world: int = 2) -> None:

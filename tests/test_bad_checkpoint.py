@@ -201,8 +201,8 @@ def test_frozen_or_unfrozen_between_epochs(make: type[Balanced], callback: Any) 
     callbacks = [callback()] if callback else []
     message = (
         r"^Expected the trainable parameters of the first step but \['net.trunk.0.bias', "
-        r"'net.trunk.0.weight'\] were frozen or unfrozen since. .*freeze before `fit`, and "
-        r"unfreeze in a new `fit`"
+        r"'net.trunk.0.weight'\] were frozen or unfrozen since, or replaced\. .*freeze before "
+        r"`fit`, where layers are replaced too, and unfreeze in a new `fit`"
     )
     run = trainer(callbacks=[MinNorm(), *callbacks], max_epochs=3)
     with pytest.raises(ValueError, match=message):

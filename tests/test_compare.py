@@ -414,11 +414,18 @@ def test_split_names_the_metrics_that_are_read(here):
 KINDS = {"equal": "equal", "fixed": "fixed", "mine": "balancer"}
 
 
-def summary_of(equal: list[float], fixed: list[float], mine: list[float], single: float = 1.0):
+def summary_of(
+    equal: list[float],
+    fixed: list[float],
+    mine: list[float],
+    single: float = 1.0,
+    alone: list[float] | None = None,
+):
     """A comparison with given accuracies of task `a`; task `b` is always as good as alone."""
     runs = [
-        {"method": "single-task", "task": task, "seed": 0, "metrics": {task: {"acc": single}}}
+        {"method": "single-task", "task": task, "seed": seed, "metrics": {task: {"acc": value}}}
         for task in ("a", "b")
+        for seed, value in enumerate(alone or [single])
     ]
     for method, values in {"equal": equal, "fixed": fixed, "mine": mine}.items():
         runs += [
@@ -429,26 +436,43 @@ def summary_of(equal: list[float], fixed: list[float], mine: list[float], single
     return summarise(runs, {"a": {"acc": True}, "b": {"acc": True}}, KINDS, {})
 
 
+NOISE = [0.001, -0.001, 0.0005, 0.0, -0.0005]
+
+
+def around(mean: float, turn: int) -> list[float]:
+    """Five values of that mean; each ``turn`` pairs them with other seeds."""
+    return [mean + x for x in NOISE[turn:] + NOISE[:turn]]
+
+
 @pytest.mark.parametrize(
     ("accuracies", "verdict", "single"),
     [
-        (([0.9, 0.9], [0.9, 0.9], [1.1, 1.08]), "Yes: balancing helps", "is above single-task"),
-        (([0.9, 0.9], [0.9, 0.9], [0.95, 0.96]), "Yes: balancing helps", "a model per task remain"),
-        (([0.8, 0.8], [1.0, 1.0], [0.99, 1.0]), "No, not more than a fixed weight", "within one"),
-        (([0.9, 0.9], [0.9, 0.9], [0.8, 1.1]), "No: no balancer is clearly better", "within one"),
-        (([0.9, 0.9], [0.8, 0.8], [0.85, 0.85]), "No: no balancer is clearly better", "a model pe"),
+        ((0.9, 0.9, 1.1), "Yes: balancing helps", "is above single-task"),
+        ((0.9, 0.9, 0.95), "Yes: balancing helps", "a model per task remains better"),
+        ((0.8, 1.0, 0.999), "No: fixed", "a model per task does as well"),
+        ((0.9, 0.8, 0.85), "No: equal", "a model per task remains better"),
     ],
 )
 def test_answer(accuracies, verdict, single):
-    sentences = answer(summary_of(*accuracies))
+    means = [around(mean, turn) for turn, mean in enumerate(accuracies)]
+    sentences = answer(summary_of(*means, alone=around(1.0, 3)))
     assert sentences[0].startswith(verdict)
-    assert any(single in sentence for sentence in sentences)
+    assert any(single in sentence for sentence in sentences), sentences
+    assert any("5 seeds (0 to 4) of 3 methods, 15 runs" in sentence for sentence in sentences)
+
+
+def test_answer_of_runs_that_spread():
+    wide = [0.9, 0.8, 1.0]
+    sentences = answer(summary_of(wide, wide[::-1], [0.8, 1.1, 0.95], alone=[1.0, 1.1, 0.9]))
+    assert sentences[0].startswith("Cannot tell: with 3 seeds only an advantage above")
+    assert sentences[1].startswith("Cheapest way on: --confirm")
 
 
 def test_answer_admits_what_it_does_not_know():
     sentences = answer(summary_of([0.9], [0.9], [1.0]))
-    assert sentences[0].startswith("Perhaps: on the one seed that was run, mine (Δp +0.00 %)")
-    assert "This rests on one seed" in sentences[-1]
+    assert sentences[0].startswith("Cannot tell: on the one seed that was run, mine (Δp +0.00 %)")
+    sentences = answer(summary_of([0.9, 0.91], [0.9, 0.9], [1.0, 1.01]))
+    assert sentences[0].startswith("Cannot tell: two seeds are for screening only")
     assert answer(summary_of([0.9], [0.9], []))[0] == "No answer: no balancer has a finished run."
     zero = summary_of([0.9], [0.9], [1.0], single=0.0)
     assert answer(zero)[0].startswith("No answer: Δp is not defined")

@@ -138,6 +138,11 @@ def test_data_to_evaluate_on(refused: Callable[..., str]):
     assert "Expected `TwoTasks` to define `train_dataloader`" in refused(config=config)
     config = {**CONFIG, "trainer": {**CONFIG["trainer"], "limit_val_batches": 0}}
     assert "found `trainer.limit_val_batches: 0` in C.yaml" in refused(config=config)
+    for limit in ("limit_train_batches", "max_steps", "max_epochs"):
+        config = {**CONFIG, "trainer": {**CONFIG["trainer"], limit: 0}}
+        assert f"batches to train on but found `trainer.{limit}: 0`" in refused(config=config)
+    config = {**CONFIG, "data": {"class_path": MODEL + "Nothing"}}
+    assert "Expected data from `train_dataloader` but it returns None" in refused(config=config)
 
 
 def test_a_model_that_ends_the_process(refused: Callable[..., str]):

@@ -131,3 +131,20 @@ def test_hidden_hooks_come_back_after_an_error_and_in_copies() -> None:
         trainer(callbacks=[*balancers, Fails()]).fit(Balanced(), loader())
     for found in (*balancers, *copies):
         assert not set(vars(found)) & set(_STEP_HOOKS)
+
+
+@pytest.mark.parametrize("balancers", [[], [MinNorm]])
+def test_training_step_called_in_a_hook_trains_nothing(balancers: Any) -> None:
+    class Calling(Balanced):
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+            self.heard = self.training_step(batch, batch_idx)
+
+    ends = []
+    for cls in (Balanced, Calling):
+        torch.manual_seed(0)
+        module, run = cls(), trainer(max_steps=2, callbacks=[b() for b in balancers])
+        run.fit(module, loader(8))
+        assert run.global_step == 2
+        ends.append(torch.cat([p.detach().flatten() for p in module.parameters()]))
+    assert torch.equal(*ends)
+    assert module.heard.requires_grad

@@ -221,3 +221,63 @@ def test_a_users_own_step_comes_before_a_base_behind_it() -> None:
 
     assert Last.validation_step is Own.validation_step
     assert Last.test_step is Theirs.test_step
+
+
+class Layers(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, width)
+
+
+@pytest.mark.parametrize("way", ["none", "passed on", "layers"])
+def test_arguments_of_the_other_constructor(way: str) -> None:
+    base: Any = Layers if way == "layers" else Theirs
+
+    class Ours(_Losses, MultiTaskModule, base):
+        if way == "passed on":
+
+            def __init__(self, dropout: float) -> None:
+                super().__init__(dropout=dropout)
+
+    cure = "hold an object of it" if way == "layers" else r"`Theirs.__init__\(self, \.\.\.\)`, then"
+    with pytest.raises(TypeError, match=f"unexpected keyword argument.*{cure}"):
+        Ours(**{"width" if way == "layers" else "dropout": 1})
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_the_other_constructor_last_or_alone(ours: bool) -> None:
+    class Defaults(Theirs):
+        def __init__(self) -> None:
+            super().__init__(0.0)
+
+    class Wrong(_Losses, MultiTaskModule, Defaults):
+        def __init__(self) -> None:
+            if ours:  # and then theirs, which begins all of it anew
+                MultiTaskModule.__init__(self, ["a", "b"])
+            Defaults.__init__(self)
+
+    with pytest.raises(TypeError, match="that of MultiTaskModule last, but what they set is miss"):
+        trainer().fit(Wrong(), loader(8))
+
+
+def test_a_module_that_is_not_lightnings() -> None:
+    class Wrong(_Losses, MultiTaskModule, Layers):
+        def __init__(self) -> None:
+            Layers.__init__(self, 2)
+            MultiTaskModule.__init__(self, ["a", "b"])
+
+    with pytest.raises(TypeError, match="Layers is no LightningModule, so hold an object of it"):
+        Wrong()
+
+
+def test_hyperparameters_of_all_constructors() -> None:
+    class Last(LightningModule):
+        def __init__(self, lr: float = 0.1) -> None:
+            super().__init__()
+            self.save_hyperparameters()
+
+    class Ours(MultiTaskModule, Last):
+        def __init__(self, depth: int) -> None:
+            super().__init__(["a", "b"])
+
+    assert {"depth": 4, "lr": 0.1}.items() <= Ours(4).hparams.items()

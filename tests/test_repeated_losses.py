@@ -6,7 +6,7 @@ import dataclasses
 import re
 import sys
 import warnings
-from collections import OrderedDict, UserDict, defaultdict, namedtuple
+from collections import OrderedDict, UserDict, UserList, defaultdict, deque, namedtuple
 from typing import Any
 
 import pytest
@@ -15,8 +15,8 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
 from lightning_mtl import FAMO, SAMO, MinNorm, MultiTaskModule
-from lightning_mtl.engine.keep import copied, iterator_in
-from tests.models import Batched, Network, Samples, sgd, trainer, weights
+from lightning_mtl.engine.keep import changed, copied, iterator_in, places, versions
+from tests.models import Balanced, Batched, Network, Samples, loader, sgd, trainer, weights
 
 BALANCERS: dict[str, Any] = {
     "FAMO": FAMO,
@@ -309,9 +309,39 @@ def test_what_is_copied() -> None:
     assert iterator_in({"a": [1, (x, zip([1], strict=True))]}) == "zip"
     assert iterator_in([range(3), x, "text"]) is None
     assert iterator_in(Slotted(1, iter([x]))) == "list_iterator"
+    for kind in (deque, UserList):
+        row: Any = kind([x, {"k": [1]}])
+        copied(row)[1]["k"].pop()
+        copied(row)[0] = 0
+        assert list(row) == [x, {"k": [1]}]
+        x.add_(0)
+        assert places(row, changed(versions_before := versions(row))) == []
+        x.add_(0)
+        assert places(row, changed(versions_before)) == ["batch[0]"]
     secret = copied(Private(shared))
     assert secret.shown() is not shared
     assert secret.shown()[0] is x
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert copied(torch.Size([2])) == torch.Size([2])
+
+
+@pytest.mark.parametrize("given", ["list", "names", "values", "error"])
+def test_losses_in_training_mode_only_name_the_cure(given: str) -> None:
+    class Detector(Balanced):
+        def task_losses(self, batch: Any, batch_idx: int) -> Any:
+            losses = super().task_losses(batch, batch_idx)
+            if self.training:
+                return losses
+            if given == "error":
+                raise AttributeError("items")
+            x = batch[0]
+            return {"list": [x], "names": {"boxes": x}, "values": dict.fromkeys(losses, x)}[given]
+
+    expected = {"list": TypeError, "error": AttributeError}.get(given, ValueError)
+    told = warnings.catch_warnings(record=sys.version_info < (3, 11))  # else a note
+    with told as seen, pytest.raises(expected) as found:
+        trainer(max_steps=1, callbacks=[SAMO()]).fit(Detector(), loader(8))
+    words = [str(w.message) for w in seen or ()] + getattr(found.value, "__notes__", [])
+    assert "use `SAMO(local='gradient')`" in " ".join([str(found.value), *words])
+    trainer(max_steps=1, callbacks=[SAMO(local="gradient")]).fit(Detector(), loader(8))

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from lightning_mtl import MultiTaskModule, Task
@@ -173,3 +174,24 @@ def test_copies_and_pickles_of_a_module() -> None:
     for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
         assert (other.on_bad_loss, other.active_tasks) == ("skip_step", ("b",))
         assert other.tasks.keys() == {"a", "b"}
+
+
+def test_a_training_step_on_an_object() -> None:
+    module = Balanced()
+    module.training_step = lambda *_: None  # would train nothing, and never end
+    with pytest.raises(MisconfigurationException, match=r"on an object of Balanced.*task_losses"):
+        trainer(max_steps=1).fit(module, loader(8))
+
+
+def test_task_losses_without_self() -> None:
+    class Static(Balanced):
+        @staticmethod
+        def task_losses(batch: Any) -> Any:
+            return batch
+
+    class OfClass(Balanced):
+        @classmethod
+        def task_losses(cls, batch: Any) -> Any:
+            return batch
+
+    assert Static().task_losses("batch", 0) == OfClass().task_losses("batch", 0) == "batch"

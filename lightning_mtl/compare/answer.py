@@ -2,80 +2,289 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from lightning_mtl.compare.grid import SINGLE
 from lightning_mtl.compare.table import Row, Summary
+from lightning_mtl.compare.texts import name
+
+if TYPE_CHECKING:
+    from lightning_mtl.compare.judge import Finding, Judgement
+
+_FEWEST = 3  # seeds of an answer
+_SHOWN = 8  # names in a sentence
 
 
 def answer(summary: Summary) -> list[str]:
-    """Sentences, the verdict first.
+    """Sentences, the verdict first, each with what it rests on.
 
-    A balancer helps when its mean Δp, less its standard deviation over seeds, is above the mean Δp
-    of equal weighting **and** of every fixed weighting in the comparison: a fixed weight is the
-    honest rival, since it costs nothing.
+    A balancer helps when it is better than equal weighting **and** every fixed weighting in the
+    comparison: a fixed weight is the honest rival, since it costs nothing. What "better" means is
+    in :mod:`lightning_mtl.compare.judge`.
     """
     if summary.no_delta_p:
         return [f"No answer: Δp is not defined, because {summary.no_delta_p}."]
-    equal = _best([row for row in summary.methods if row.kind == "equal"])
-    plain = _best([row for row in summary.methods if row.kind in ("equal", "fixed")])
-    balancer = _best([row for row in summary.methods if row.kind == "balancer"])
-    if plain is None or equal is None:
+    judgement = summary.judgement
+    assert judgement is not None
+    equal = next((row for row in summary.methods if row.kind == "equal" and row.scores), None)
+    if equal is None:
         return ["No answer: equal weighting has no finished run to compare with."]
-    if balancer is None:
-        return ["No answer: no balancer has a finished run.", *_against_single(summary)]
-    sentences = [_verdict(balancer, plain, equal)]
-    if balancer.step_ratio is not None:
-        memory = "" if balancer.peak_mb is None else f" (peak memory {_memory(balancer, equal)})"
-        sentences.append(
-            f"Cost: {balancer.method} takes {balancer.step_ratio:.2f} times as long a step as "
-            f"equal weighting{memory}."
-        )
-    sentences += _against_single(summary)
-    seeds = min(len(row.runs) for row in (balancer, plain))
+    balancers = [row for row in summary.methods if row.kind == "balancer" and row.scores]
+    sentences = []
+    if not balancers:
+        sentences.append("No answer: no balancer has a finished run.")
+    elif summary.plan is not None:
+        sentences += _confirmed(summary)
+    else:
+        sentences += _screened(summary, judgement, balancers)
+    sentences += _cost(summary, judgement, equal)
+    sentences += _against_single(summary, judgement)
+    sentences += _ranking(summary, judgement)
+    return sentences + _gaps(summary, judgement)
+
+
+# ---------------------------------------------------------------------------------- balancing
+
+
+def _screened(summary: Summary, judgement: Judgement, balancers: Sequence[Row]) -> list[str]:
+    found, seeds = judgement.balancing, len(judgement.seeds)
     if seeds < 2:
-        sentences.append(
-            "This rests on one seed, so nothing is known about chance: use --seeds 3 or more."
-        )
-    failed = [row.method for row in summary.rows if row.errors]
-    if failed:
-        sentences.append(f"Runs of {', '.join(failed)} failed and are missing from these numbers.")
-    return sentences
+        best = max(balancers, key=_mean)
+        rival = max((r for r in summary.methods if r.kind != "balancer" and r.scores), key=_mean)
+        where = "ahead of" if _mean(best) > _mean(rival) else "not ahead of"
+        return [
+            (
+                f"Cannot tell: on the one seed that was run, {_text(best)} is {where} "
+                f"{_text(rival)}, and of one run nothing is known about chance. Use --seeds "
+                f"{_FEWEST} or more."
+            )
+        ]
+    if found is None:
+        return ["No answer: no balancer has a run on every seed of equal weighting."]
+    if seeds < _FEWEST:
+        return [
+            (
+                f"Cannot tell: two seeds are for screening only. {_ahead(summary.methods, found)}. "
+                f"Use --seeds {_FEWEST} or more."
+            )
+        ]
+    sentences = [_verdict(summary.methods, found, f"with {seeds} seeds")]
+    if found.verdict.kind in ("open", "bounded") and judgement.next_confirm is not None:
+        fresh, shows = judgement.next_confirm
+        if math.isfinite(shows):
+            runs = fresh * (1 + len(found.rivals))
+            sentences.append(
+                f"Cheapest way on: --confirm {fresh} trains {name(found.method)} and its "
+                f"{_count(len(found.rivals), 'rival')} on fresh seeds, {runs} runs, in which a "
+                f"difference above {_points(shows)} would show."
+            )
+    return [*sentences, f"This rests on {_basis(found)}."]
 
 
-def _verdict(balancer: Row, plain: Row, equal: Row) -> str:
-    low, best, rival, base = _low(balancer), _text(balancer), _mean(plain), _mean(equal)
-    fixed = f" and than the best fixed weighting, {_text(plain)}" if plain is not equal else ""
-    if low > rival and low > base and balancer.delta_p is not None and balancer.delta_p.n < 2:
-        return f"Perhaps: on the one seed that was run, {best} is better than {_text(plain)}."
-    if low > rival and low > base:
-        return f"Yes: balancing helps here. {best}: clearly better than {_text(equal)}{fixed}."
-    if low > base:
+def _confirmed(summary: Summary) -> list[str]:
+    plan, judgement = summary.plan, summary.confirmed
+    assert plan is not None
+    if judgement is None or judgement.balancing is None:
+        return [
+            (
+                f"No answer yet: of the runs that are to confirm {name(plan.balancer)} on "
+                f"{plan.seeds} fresh seeds some failed or are missing. The same command, with "
+                f"--confirm {plan.seeds}, runs them."
+            )
+        ]
+    found = judgement.balancing
+    verdict = _verdict(summary.fresh, found, f"with {plan.seeds} fresh seeds")
+    picked = f"{name(plan.balancer)} was picked on seeds 0 to {plan.screening - 1}"
+    return [
+        verdict,
+        (
+            f"{picked}; it, rivals, margin and rule were written down before the fresh seeds were "
+            f"run. This rests on {_basis(found)}."
+        ),
+    ]
+
+
+def _verdict(rows: Sequence[Row], found: Finding, with_seeds: str) -> str:
+    v = found.verdict
+    best, rival = _named(rows, found.method), _named(rows, found.rival)
+    every = "every balancer here" if len(found.methods) > 1 else _named(rows, found.methods[0])
+    if v.kind == "yes":
         return (
-            f"No, not more than a fixed weight: {best} is clearly better than {_text(equal)}, "
-            f"but not than {_text(plain)}, a fixed weighting that costs nothing."
+            f"Yes: balancing helps here. {best} is better than {_rivals(found)}: by "
+            f"{v.effect:.2f} points of Δp than the best of them, {rival} ({_bounds(found)})."
         )
+    if v.kind == "as good" and v.hidden < 0:
+        return (
+            f"No: {rival} is better than {every}. The next, {best}, is {-v.beside:.2f} points of "
+            f"Δp behind it, and at least {_points(-v.hidden)}."
+        )
+    if v.kind == "as good":
+        certain = " for certain" if v.low > 0 else ""
+        return (
+            f"No: {rival} does as well as {every}. {best} is{certain} {_signed(v.beside)} beside "
+            f"it, none is more than {_points(v.hidden)} above it, and less than {v.margin:g} does "
+            f"not matter (--margin)."
+        )
+    if v.kind == "bounded":
+        return (
+            f"No difference larger than {_points(v.hidden)} of Δp could be hidden here. "
+            f"{_ahead(rows, found)}; an advantage of {v.margin:g} would have been found."
+        )
+    if not math.isfinite(v.shows):
+        return (
+            f"Cannot tell: the difference of {best} to a rival is the same in every seed, which is "
+            f"not chance at work, so no error rate can be given. Does the seed change anything?"
+        )
+    more = _more(v.needed, len(found.seeds))
     return (
-        f"No: no balancer is clearly better than {_text(plain)} here. The best of them is {best}; "
-        f"its mean less one standard deviation does not exceed that."
+        f"Cannot tell: {with_seeds} only an advantage above {_points(v.shows)} of Δp would show (4 "
+        f"times in 5), and up to {v.hidden:.2f} could be hidden. {_ahead(rows, found)}; {more} "
+        f"would settle whether a balancer is better by {v.margin:g}."
     )
 
 
-def _against_single(summary: Summary) -> list[str]:
-    best = _best(summary.methods)
-    if best is None:
-        return []
+def _ahead(rows: Sequence[Row], found: Finding) -> str:
+    v = found.verdict
+    best, rival = _named(rows, found.method), _named(rows, found.rival)
+    return f"{best} is {_signed(v.beside)} beside {rival} ({_bounds(found)})"
+
+
+def _basis(found: Finding) -> str:
+    fresh = "fresh seeds" if found.seeds[0] >= 10_000 else "seeds"
+    last = f"{found.seeds[0]} to {found.seeds[-1]}"
+    arms = found.runs // len(found.seeds)
+    return (
+        f"{len(found.seeds)} {fresh} ({last}) of {arms} methods, {found.runs} runs, and on "
+        f"{found.rule}. Its error rate is {100 * found.verdict.alpha:.0f} %: where no balancer is "
+        f"better, "
+        f'at most {100 * found.verdict.alpha:.0f} comparisons in 100 say "yes"'
+    )
+
+
+def _more(needed: int | None, seeds: int) -> str:
+    if needed is None:
+        return "not even 200 seeds for all"
+    more = max(needed - seeds, 1)
+    return f"{_count(more, 'more seed')} for all"
+
+
+def _rivals(found: Finding) -> str:
+    fixed = len(found.rivals) - 1
+    if not fixed:
+        return f"{name(found.rivals[0])}, its only rival"
+    return f"equal weighting and {'the' if fixed == 1 else 'each'} fixed weighting"
+
+
+# --------------------------------------------------------------------------------- the others
+
+
+def _against_single(summary: Summary, judgement: Judgement) -> list[str]:
+    found = summary.confirmed_single or judgement.single
+    rows = summary.fresh if summary.confirmed_single else summary.methods
     single = "single-task training (Δp 0)"
-    if best.delta_p is not None and best.delta_p.n < 2:
-        verdict = f"is {'above' if _mean(best) > 0 else 'below'} {single} on its one seed"
-    elif _low(best) > 0:
-        verdict = f"is above {single}"
-    elif _mean(best) + (_mean(best) - _low(best)) < 0:
-        verdict = f"is below {single}: a model per task remains better"
+    if found is None:
+        best = max((row for row in summary.methods if row.scores), key=_mean, default=None)
+        if best is None:
+            return []
+        where = "above" if _mean(best) > 0 else "below"
+        return [
+            (
+                f"The best joint training, {_text(best)}, is {where} {single}; by how much is not "
+                f"known with fewer than two seeds of each."
+            )
+        ]
+    v = found.verdict
+    best_text = f"The best joint training, {_named(rows, found.method)},"
+    basis = f"{found.rule}, {len(found.seeds)} seeds, error rate {100 * v.alpha:.0f} %"
+    if v.kind == "yes":
+        text = f"{best_text} is above {single}, {_bounds(found)}"
+    elif v.kind == "as good" and v.hidden < 0:
+        text = f"{best_text} is below {single}: a model per task remains better"
+    elif v.kind == "as good":
+        text = (
+            f"No joint training is more than {_points(v.hidden)} above {single}, less than the "
+            f"{v.margin:g} that matters: a model per task does as well. The best one is "
+            f"{_named(rows, found.method)}"
+        )
+    elif v.kind == "bounded":
+        text = (
+            f"{best_text} is neither above nor below {single} for certain; an advantage above "
+            f"{_points(v.hidden)} is excluded"
+        )
+    elif not math.isfinite(v.shows):
+        text = f"{best_text} does not vary over the seeds: whether it is above {single} is open"
     else:
-        verdict = f"is within one standard deviation of {single}"
-    return [f"The best joint training, {_text(best)}, {verdict}."]
+        text = (
+            f"Whether joint training is above {single} cannot be told: {best_text[0].lower()}"
+            f"{best_text[1:-1]} ({_bounds(found)}), and only an advantage above "
+            f"{_points(v.shows)} would show; {_more(v.needed, len(found.seeds))} and the "
+            f"single-task runs would settle {v.margin:g}"
+        )
+    return [f"{text} ({basis})."]
 
 
-def _best(rows: list[Row]) -> Row | None:
-    return max((row for row in rows if row.delta_p is not None), key=_mean, default=None)
+def _cost(summary: Summary, judgement: Judgement, equal: Row) -> list[str]:
+    confirmed = summary.confirmed and summary.confirmed.balancing
+    found = confirmed or judgement.balancing
+    if found is None:
+        return []
+    row = next(row for row in summary.methods if row.method == found.method)
+    if row.step_ratio is None:
+        return []
+    memory = "" if row.peak_mb is None else f" (peak memory {_memory(row, equal)})"
+    return [
+        (
+            f"Cost: {name(row.method)} takes {row.step_ratio:.2f} times as long a step as equal "
+            f"weighting{memory}."
+        )
+    ]
+
+
+def _ranking(summary: Summary, judgement: Judgement) -> list[str]:
+    if judgement.luck is None or not judgement.ties or len(judgement.seeds) < _FEWEST:
+        return []
+    judged = [row for row in summary.methods if row.method in judgement.judged]
+    best = max(judged, key=_mean)
+    ties = [method for method in judgement.ties if method != best.method]
+    luck = (
+        f"{_text(best)} has the highest mean; the best of {len(judged)} methods that are all alike "
+        f"would stand {judgement.luck:.2f} above its true mean by luck alone."
+    )
+    if not ties:
+        return [f"{luck} No other can be the best one (Hsu's comparisons with the best, 5 %)."]
+    if len(ties) == len(judged) - 1:
+        return [f"{luck} Every other one may be the best as well (Hsu's comparisons, 5 %)."]
+    return [f"{luck} {_list(ties)} may be the best as well (Hsu's comparisons, 5 %)."]
+
+
+def _gaps(summary: Summary, judgement: Judgement) -> list[str]:
+    sentences = []
+    if judgement.left_out:
+        lacking = "; ".join(
+            f"{name(method)} lacks {_count(len(seeds), 'seed')}"
+            for method, seeds in list(judgement.left_out.items())[:_SHOWN]
+        )
+        sentences.append(
+            f"Left out of what is said here, since runs that are dropped make the others look "
+            f"better: {lacking}."
+        )
+    if not any(row.kind == "fixed" for row in summary.methods):
+        sentences.append(
+            "No fixed weighting was compared, the rival that costs nothing: add some "
+            "(Scalarization) to the file of balancers."
+        )
+    if SINGLE in (row.method for row in summary.rows if row.errors):
+        sentences.append("Some single-task runs failed, so Δp rests on fewer of them.")
+    failed = [row.method for row in (*summary.rows, *summary.fresh) if row.errors]
+    if failed:
+        listed = _list(list(dict.fromkeys(failed)))
+        sentences.append(f"Runs of {listed} failed and are missing from these numbers.")
+    return sentences
+
+
+# -------------------------------------------------------------------------------------- words
 
 
 def _mean(row: Row) -> float:
@@ -83,14 +292,37 @@ def _mean(row: Row) -> float:
     return row.delta_p.mean
 
 
-def _low(row: Row) -> float:
-    assert row.delta_p is not None
-    return row.delta_p.mean - (row.delta_p.std or 0.0)
-
-
 def _text(row: Row) -> str:
     assert row.delta_p is not None
-    return f"{row.method} (Δp {row.delta_p.text('+.2f', '.2f')} %)"
+    return f"{name(row.method)} (Δp {row.delta_p.text('+.2f', '.2f')} %)"
+
+
+def _named(rows: Sequence[Row], method: str) -> str:
+    return next((_text(r) for r in rows if r.method == method and r.scores), name(method))
+
+
+def _bounds(found: Finding) -> str:
+    v = found.verdict
+    return f"one-sided 95 % bounds {v.low:+.2f} and {v.high:+.2f}"
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.2f} points of Δp"
+
+
+def _points(value: float) -> str:
+    return f"{value:.2f} points"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def _list(names: Sequence[str]) -> str:
+    shown = [name(n) for n in names[:_SHOWN]]
+    more = [f"{len(names) - _SHOWN} more"] if len(names) > _SHOWN else []
+    *head, last = [*shown, *more]
+    return f"{', '.join(head)} and {last}" if head else last
 
 
 def _memory(row: Row, equal: Row) -> str:

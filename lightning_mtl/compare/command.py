@@ -17,31 +17,33 @@ import torch
 from lightning_utilities.core.imports import RequirementCache
 
 from lightning_mtl.compare import CompareError
-from lightning_mtl.compare.answer import answer
-from lightning_mtl.compare.folder import claimed, refused, write
-from lightning_mtl.compare.grid import SINGLE, Run, plan
+from lightning_mtl.compare.about import About
+from lightning_mtl.compare.confirm import Plan
+from lightning_mtl.compare.folder import claimed, refused
+from lightning_mtl.compare.grid import FIRST_FRESH, SINGLE, Run, plan
+from lightning_mtl.compare.output import show
 from lightning_mtl.compare.pool import execute
 from lightning_mtl.compare.progress import Progress, duration
 from lightning_mtl.compare.request import Request
 from lightning_mtl.compare.results import Results
 from lightning_mtl.compare.stopping import Stopped, deaf, stoppable, undisturbed
-from lightning_mtl.compare.table import (
-    Summary,
-    baseline_json,
-    console_table,
-    summarise,
-    summary_csv,
-)
-from lightning_mtl.compare.texts import complain, error_text, one_line, say, visible
+from lightning_mtl.compare.table import Row, Summary, summarise
+from lightning_mtl.compare.texts import complain, name, one_line, say, visible
 from lightning_mtl.version import __version__
 
 _PLOT_EXTRA = RequirementCache("matplotlib")
+_STATISTICS_EXTRA = RequirementCache("scipy")
+
+FEWEST = 3  # seeds of a confirmation
 
 _EPILOG = """\
 B.yaml maps names to callbacks, for example
   equal: []
   minnorm: [{class_path: MinNorm}]
   fixed-x10: [{class_path: Scalarization, init_args: {weights: {depth: 10.0}}}]
+
+With --confirm M, the balancer that is best on the --seeds runs is trained again on M fresh seeds,
+beside equal weighting and every fixed weighting, and those runs alone decide.
 
 The same command continues a comparison that was stopped: finished runs are kept, failed and
 unfinished ones are run again. It may then be given more or fewer --seeds and another --only.
@@ -64,10 +66,29 @@ def _parser() -> argparse.ArgumentParser:
     add("--balancers", required=True, help="YAML: name -> callbacks; none: equal weighting")
     add("--out", required=True, help="folder for the results")
     add("--seeds", type=int, default=3, help="runs a method, seeds 0 to N-1 (default: 3)")
+    add("--confirm", type=int, metavar="M", help="judge the best balancer on M fresh seeds")
+    add("--margin", type=float, help="points of Δp that matter (default: 1)")
     add("--workers", type=int, default=1, help="runs side by side, a process each (default: 1)")
     add("--only", help="comma-separated names: of the file of balancers, run these only")
     add("--split", choices=("val", "test"), default="val", help="data to evaluate on")
     return parser
+
+
+def check_extras() -> None:
+    """Refuse now what would fail at the end.
+
+    Raises:
+        CompareError: a package is missing that draws or judges.
+    """
+    for found, package, purpose in (
+        (_PLOT_EXTRA, "matplotlib", "plots"),
+        (_STATISTICS_EXTRA, "scipy", "statistics"),
+    ):
+        if not found:
+            raise CompareError(
+                f"Expected {package} for the {purpose} but found none. Install it with: "
+                f'pip install "lightning-mtl[compare]"'
+            )
 
 
 def main(args: Sequence[str]) -> int:
@@ -89,11 +110,7 @@ def _main(options: argparse.Namespace, command: str) -> int:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # runs are forked from this process, which must not start threads
     try:
-        if not _PLOT_EXTRA:
-            raise CompareError(
-                "Expected matplotlib for the plots but found none. Install it with: "
-                'pip install "lightning-mtl[plot]"'
-            )
+        check_extras()
         return compare(options, command)
     except CompareError as error:
         complain(f"error: {visible(str(error))}")
@@ -124,24 +141,67 @@ def compare(options: argparse.Namespace, command: str) -> int:
     """
     if not options.out:
         raise CompareError('Expected --out to name a folder but found "". Name one.')
+    _check_numbers(options)
     request = Request(options)
     out = Path(options.out)
     with claimed(out, request.identity()):
         with refused(out):
+            fixed = Plan.load(out)
             results = Results(out, request.directions)
+        if fixed is not None:
+            fixed.agree(out, options.confirm, options.seeds, options.margin)
         for note in results.notes:
             complain(f"note: {visible(note)}")
+        about = _about(request, results, options, command)
+        about.save(out)
         progress = _run(request, results, options)
-        failed = _report(request, results, options, command)
+        if options.confirm is not None:
+            fixed = fixed or _fix(request, results, options)
+            if fixed is not None:
+                _confirm(fixed, request, results, options)
+        about = _about(request, results, options, command)  # methods of an earlier --only too
+        about.save(out)
+        failed = _report(about, results, request, options, fixed)
         say(f"\nDone in {duration(progress.elapsed())}. Report: {out / 'report.html'}")
     return 1 if failed else 0
+
+
+def _check_numbers(options: argparse.Namespace) -> None:
+    if options.margin is not None and not 0 < options.margin < float("inf"):
+        raise CompareError(
+            f"Expected --margin to be a number above 0 but found {options.margin}. Give the "
+            f"smallest difference that matters, in points of Δp."
+        )
+    if options.confirm is None:
+        return
+    if options.confirm < FEWEST:
+        raise CompareError(
+            f"Expected --confirm to be at least {FEWEST} but found {options.confirm}. Five or more "
+            f"find what is worth finding; see the power table in the documentation."
+        )
+    if options.seeds > FIRST_FRESH:
+        raise CompareError(
+            f"Expected at most {FIRST_FRESH} --seeds beside --confirm but found {options.seeds}: "
+            f"the fresh seeds start there. Ask for fewer."
+        )
 
 
 def _run(request: Request, results: Results, options: argparse.Namespace) -> Progress:
     """Train what is not finished yet."""
     chosen = {SINGLE, *request.chosen}
     runs = [run for run in _grid(request, options) if run.method in chosen]
-    todo = [run for run in runs if run not in results.records]
+    return _execute(
+        runs, [run for run in runs if run not in results.records], request, results, options
+    )
+
+
+def _execute(
+    runs: Sequence[Run],
+    todo: Sequence[Run],
+    request: Request,
+    results: Results,
+    options: argparse.Namespace,
+) -> Progress:
     progress = Progress(
         total=len(runs),
         kinds=Counter(run.kind for run in todo),
@@ -166,48 +226,101 @@ def _grid(request: Request, options: argparse.Namespace) -> list[Run]:
     return plan(list(request.directions), list(request.methods), request.equal, options.seeds)
 
 
-def _report(request: Request, results: Results, options: argparse.Namespace, command: str) -> bool:
-    """Write every file and print the answer; whether a run failed."""
+def _fix(request: Request, results: Results, options: argparse.Namespace) -> Plan | None:
+    """Pick what is to be confirmed and write it down, before any of its runs.
+
+    Returns:
+        ``None`` where there is nothing to pick; a message says why.
+    """
+    from lightning_mtl.compare.judge import ALPHA, MARGIN, PAIRED
+
     shown = _grid(request, options)
-    records = results.of(shown)  # with methods of an earlier --only
+    summary = _summary(results.of(shown), request, {})
+    judgement = summary.judgement
+    seeds = set(range(options.seeds))
+    whole = [row for row in summary.methods if row.scores.keys() >= seeds]
+    balancers = [row for row in whole if row.kind == "balancer"]
+    rivals = [row for row in whole if row.kind != "balancer"]
+    lost = [row.method for row in summary.methods if row.kind != "balancer" and row not in whole]
+    if judgement is None or not balancers or lost:
+        why = summary.no_delta_p or (
+            f"{name(lost[0])}, a rival, lacks runs" if lost else "no balancer has all of its runs"
+        )
+        complain(f"note: nothing was confirmed, because {visible(why)}")
+        return None
+
+    def mean(row: Row) -> float:
+        return sum(row.scores[seed] for seed in seeds) / len(seeds)
+
+    best = max(balancers, key=mean)
+    fixed = Plan(
+        best.method,
+        [row.method for row in rivals],
+        options.seeds,
+        options.confirm,
+        MARGIN if options.margin is None else options.margin,
+        ALPHA,
+        PAIRED,
+        max([best, *rivals], key=mean).method,
+    )
+    fixed.save(results.path.parent)
+    return fixed
+
+
+def _confirm(fixed: Plan, request: Request, results: Results, options: argparse.Namespace) -> None:
+    """Train what the plan lacks, on fresh seeds."""
+    runs = fixed.runs(list(request.directions), list(request.methods))
+    todo = [run for run in runs if run not in results.records]
+    rivals = ", ".join(map(name, fixed.rivals))
+    say(f"\nConfirming {name(fixed.balancer)} against {rivals} on {fixed.seeds} fresh seeds")
+    _execute(runs, todo, request, results, options)
+
+
+def _about(request: Request, results: Results, options: argparse.Namespace, command: str) -> About:
+    """What the report has to know besides the runs."""
+    known = {*request.chosen, *(r["method"] for r in results.of(_grid(request, options)))}
+    return About(
+        metrics=request.directions,
+        methods={name: kind for name, kind in request.kinds.items() if name in known},
+        unmeasured=list(request.unmeasured),
+        seeds=options.seeds,
+        margin=options.margin,
+        texts=dict(request.texts),
+        facts=_facts(options, command),
+    )
+
+
+def _summary(
+    records: Sequence[Mapping[str, Any]], request: Request, curves: Mapping[str, Any]
+) -> Summary:
     known = {*request.chosen, *(record["method"] for record in records)}
     kinds = {name: kind for name, kind in request.kinds.items() if name in known}
+    return summarise(records, request.directions, kinds, curves, request.unmeasured)
+
+
+def _report(
+    about: About,
+    results: Results,
+    request: Request,
+    options: argparse.Namespace,
+    fixed: Plan | None,
+) -> bool:
+    """Write every file and print the answer; whether a run failed."""
+    shown = _grid(request, options)
+    fresh = fixed.runs(list(request.directions), list(request.methods)) if fixed else []
     del results.notes[:]
     curves = results.curves(shown)
-    summary = summarise(records, request.directions, kinds, curves, request.unmeasured)
-    out = results.path.parent
-    try:
-        results.notes += _write(summary, out, request.texts, _facts(options, command))
-    finally:  # where there is no room for the files, the console has the numbers at least
-        say(f"\n{visible(console_table(summary))}\n\n" + visible("\n".join(answer(summary))))
+    summary = about.summary(results.of([*shown, *fresh]), curves, fixed)
+    results.notes += show(summary, results.path.parent, about.texts, about.facts)
     for note in results.notes:
         complain(f"note: {one_line(note)}")
-    failed = any(row.errors for row in summary.rows)
+    failed = any(row.errors for row in (*summary.rows, *summary.fresh))
     if failed:
-        say(f"\nWhat failed runs printed, with their tracebacks, is in {out / 'logs'}.")
+        say(
+            f"\nWhat failed runs printed, with their tracebacks, is in "
+            f"{results.path.with_name('logs')}."
+        )
     return failed
-
-
-def _write(
-    summary: Summary, out: Path, texts: Mapping[str, str], facts: Sequence[tuple[str, str]]
-) -> list[str]:
-    """Write the files; what could not be drawn, in words."""
-    from lightning_mtl.compare.report import report_html
-
-    write(out / "summary.csv", summary_csv(summary))
-    if not summary.no_delta_p:
-        write(out / "baseline.json", baseline_json(summary))
-    try:
-        # Imported here since runs are forked from this process and do not need matplotlib.
-        from lightning_mtl.compare.plots import plots
-
-        pictures, faults = plots(summary)
-    except Exception as error:  # of matplotlib's own: its cache, the user's settings
-        pictures, faults = {}, [f"Nothing could be drawn. {error_text(error)}"]
-    write(out / "report.html", report_html(summary, pictures, texts, facts, faults))
-    for name, picture in pictures.items():
-        write(out / name, picture)
-    return faults
 
 
 def _facts(options: argparse.Namespace, command: str) -> list[tuple[str, str]]:

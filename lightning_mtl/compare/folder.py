@@ -134,6 +134,22 @@ def claimed(folder: Path, comparison: Mapping[str, Any]) -> Iterator[None]:
 
 
 @contextmanager
+def owned(folder: Path) -> Iterator[None]:
+    """Hold ``folder`` for this process, whatever it holds, until the end of the block.
+
+    Raises:
+        CompareError: another process has it, or it cannot be written.
+    """
+    with refused(folder):
+        _make(folder)
+        handle = _lock(folder)
+    try:
+        yield
+    finally:
+        _release(handle)
+
+
+@contextmanager
 def refused(folder: Path) -> Iterator[None]:
     """Turn what the file system says against ``folder`` into a refusal."""
     try:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 SINGLE = "single-task"
+FIRST_FRESH = 10_000  # seeds of a confirmation: never among those of a screening, however many
 _LONGEST = 80  # of a file name 255 bytes are allowed, 143 where names are encrypted
 # Names of devices on Windows, and those that are hidden elsewhere.
 _RESERVED = re.compile(r"\.|(con|prn|aux|nul|com\d|lpt\d)(\.|$)", re.IGNORECASE)
@@ -23,7 +24,8 @@ class Run:
         kind: ``train`` (a result), ``curves`` (equal weighting again, with task gradients
             recorded) or ``timing`` (a few steps with nothing beside it).
         method: the name in the file of balancers, or ``single-task``.
-        seed: seeds weights, data order and everything else.
+        seed: seeds weights, data order and everything else; those of a confirmation start at
+            ``FIRST_FRESH``.
         task: the one task of a single-task run.
         name: unique in a comparison, also where case makes no difference, and a file name
             everywhere. Two runs are the same by what they do, whatever they are called.
@@ -36,6 +38,11 @@ class Run:
     name: str = field(default="", compare=False)
 
     @property
+    def stage(self) -> str:
+        """``screen``, or ``confirm`` for a run on fresh seeds."""
+        return "confirm" if self.seed >= FIRST_FRESH else "screen"
+
+    @property
     def label(self) -> str:
         """How progress and errors name the run."""
         task = f" {self.task}" if self.task is not None else ""
@@ -45,6 +52,7 @@ class Run:
     def record(self) -> dict[str, Any]:
         """The start of its record."""
         about = {"run": self.name, "kind": self.kind, "method": self.method, "seed": self.seed}
+        about |= {"stage": self.stage}
         return about if self.task is None else {**about, "task": self.task}
 
 
@@ -57,6 +65,22 @@ def plan(tasks: Sequence[str], methods: Sequence[str], equal: str, seeds: int) -
         equal: which of them is equal weighting.
         seeds: how many seeds, from 0.
     """
+    run = _maker(tasks, methods)
+    runs = [run("train", seed, SINGLE, task) for seed in range(seeds) for task in tasks]
+    runs += [run("train", seed, method) for seed in range(seeds) for method in methods]
+    runs += [run("curves", 0, equal)] if equal in methods else []
+    return runs + [run("timing", 0, method) for method in methods]
+
+
+def train_runs(
+    tasks: Sequence[str], methods: Sequence[str], seeds: Iterable[int], some: Sequence[str]
+) -> list[Run]:
+    """Trainings of ``some`` of the methods, named as :func:`plan` names them."""
+    run = _maker(tasks, methods)
+    return [run("train", seed, method) for seed in seeds for method in some]
+
+
+def _maker(tasks: Sequence[str], methods: Sequence[str]) -> Callable[..., Run]:
     names = file_names([(SINGLE, task) for task in tasks] + [(method,) for method in methods])
 
     def run(kind: str, seed: int, method: str, task: str | None = None) -> Run:
@@ -64,10 +88,7 @@ def plan(tasks: Sequence[str], methods: Sequence[str], equal: str, seeds: int) -
         end = "" if kind == "train" else f"-{kind}"
         return Run(kind, method, seed, task, f"{stem}-seed{seed}{end}")
 
-    runs = [run("train", seed, SINGLE, task) for seed in range(seeds) for task in tasks]
-    runs += [run("train", seed, method) for seed in range(seeds) for method in methods]
-    runs += [run("curves", 0, equal)] if equal in methods else []
-    return runs + [run("timing", 0, method) for method in methods]
+    return run
 
 
 def file_names(subjects: Sequence[tuple[str, ...]]) -> dict[tuple[str, ...], str]:

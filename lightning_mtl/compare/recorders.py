@@ -87,6 +87,11 @@ class StepTimer(Callback):
         if len(measured) > self.least and measured[-1][1] - measured[0][1] >= self.seconds:
             trainer.should_stop = True
 
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """End a training that makes no step, and would go on for ever."""
+        if not self._ends:
+            trainer.should_stop = True
+
     def durations(self) -> list[float]:
         """Seconds of every step that counts; evaluation between two epochs does not.
 

@@ -62,7 +62,9 @@ def report_html(
     lines = [_row("th", header)]
     for row, line in zip(summary.rows, body, strict=True):
         lines.append(_row("td", line, f' class="{row.kind}"'))
-    errors = [(run, error) for row in summary.rows for run, error in row.errors.items()]
+    errors = [
+        (run, error) for row in (*summary.rows, *summary.fresh) for run, error in row.errors.items()
+    ]
     failed = "".join(f"<p><b>{_text(run)}</b>: {_text(error)}</p>" for run, error in errors)
     figures = "".join(
         f'<figure><img alt="{escape(_CAPTIONS[name])}" src="data:image/png;base64,'
@@ -89,15 +91,29 @@ def report_html(
 {note}<p class="note">Mean ± sample standard deviation over seeds. Δp is the mean over tasks of the
 relative improvement of each task's metrics over the mean single-task run, in percent. Step time is
 the median of one training step, and peak memory what a training adds to its process, both measured
-in a short run with nothing beside it. Balancing is said to help when the mean Δp of a balancer,
-less its standard deviation, is above the mean Δp of equal weighting and of every fixed
-weighting.</p>
+in a short run with nothing beside it. Intervals hold with 95 % for all rows together; those of Δp
+count the spread of the single-task runs. "May be best": not shown to be worse than another.</p>
+{_fresh(summary)}
 <h2>Pictures</h2>{(figures + undrawn) or "<p>No run finished that could be drawn.</p>"}
 <h2>How it was run</h2>
 <table class="facts">{"".join(_row("td", fact) for fact in facts)}</table>
 {files}
 </body></html>
 """
+
+
+def _fresh(summary: Summary) -> str:
+    """The runs that confirm, a line a method."""
+    if summary.plan is None:
+        return ""
+    lines = [_row("th", ["method", "Δp %", "runs"])]
+    for row in summary.fresh:
+        delta_p = "–" if row.delta_p is None else row.delta_p.text("+.2f", ".2f")
+        lines.append(_row("td", [row.method, delta_p, str(len(row.scores))]))
+    return (
+        f"<h2>Confirmed on {summary.plan.seeds} fresh seeds</h2>"
+        f'<div class="scroll"><table>{"".join(lines)}</table></div>'
+    )
 
 
 def _row(cell: str, texts: Sequence[str], attributes: str = "") -> str:

@@ -138,12 +138,20 @@ class Request:
                     f"{'trained' if stage == 'train' else 'evaluated'}. Add it, or name another "
                     f"`data` in {self.config}."
                 )
-        limit: Any = getattr(cli.trainer, f"limit_{self.split}_batches")
-        if limit == 0:
-            raise CompareError(
-                f"Expected batches to evaluate on but found `trainer.limit_{self.split}_batches: "
-                f"0` in {self.config}. Remove it."
-            )
+            if any(_gives_none(loader, part) for part in parts):
+                raise CompareError(
+                    f"Expected data from `{loader}` but it returns None, {where} no run could be "
+                    f"{'trained' if stage == 'train' else 'evaluated'}. Return a loader."
+                )
+        limits: dict[str, Sequence[str]] = {self.split: [f"limit_{self.split}_batches"]}
+        limits["train"] = ["max_steps", "max_epochs", "limit_train_batches"]
+        for stage, names in limits.items():
+            for name in names:
+                if getattr(cli.trainer, name) == 0:
+                    raise CompareError(
+                        f"Expected batches to {'train' if stage == 'train' else 'evaluate'} on but "
+                        f"found `trainer.{name}: 0` in {self.config}. Remove it."
+                    )
 
     def identity(self) -> dict[str, Any]:
         """What makes two comparisons the same: all but seeds, workers and ``--only``."""
@@ -158,6 +166,17 @@ class Request:
     def job(self, logs: Path) -> Job:
         """What the processes of the runs have to know."""
         return Job(self.config, self.config_hash, self.methods, self.logged, self.split, logs)
+
+
+def _gives_none(loader: str, part: Any) -> bool:
+    """Whether a loader is None; looked at where that takes no data to be prepared before."""
+    prepared = any(is_overridden(name, part) for name in ("setup", "prepare_data"))
+    if prepared or not is_overridden(loader, part):
+        return False
+    try:
+        return getattr(part, loader)() is None
+    except Exception:  # it may need the Trainer; the runs tell
+        return False
 
 
 def _check_names(methods: Sequence[str]) -> None:

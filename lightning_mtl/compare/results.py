@@ -70,7 +70,7 @@ class Results:
         record: Any = None
         try:
             record = json.loads(line.decode("utf-8"))
-            fault = _fault(record, self._directions)
+            fault = record_fault(record, self._directions)
         except (ValueError, RecursionError) as error:  # not UTF-8, not JSON
             fault = str(error)
         if fault:
@@ -107,7 +107,7 @@ class Results:
             path = self._curves(self.records.get(run, {"run": ""}))
             if run in self.records and path.exists():
                 try:
-                    found[run.method] = _points(path)
+                    found[run.method] = read_points(path)
                 except (OSError, ValueError) as error:
                     self.notes.append(f"{path} cannot be read and is not drawn: {error}")
         return {method: points for method, points in found.items() if points}
@@ -120,7 +120,7 @@ def _line(record: dict[str, Any]) -> str:
     return json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def _fault(record: Any, directions: Mapping[str, Mapping[str, bool]]) -> str | None:
+def record_fault(record: Any, directions: Mapping[str, Mapping[str, bool]]) -> str | None:
     """What keeps ``record`` from being one of this comparison, ``None`` for nothing."""
     if not isinstance(record, dict):
         return f"a {type(record).__name__} instead of a record"
@@ -154,7 +154,7 @@ def _finite(value: Any) -> bool:
         return False
 
 
-def _points(path: Path) -> list[dict[str, Any]]:
+def read_points(path: Path) -> list[dict[str, Any]]:
     """The points of a file of curves.
 
     Raises:

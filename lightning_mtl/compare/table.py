@@ -5,14 +5,19 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lightning_mtl.compare.grid import SINGLE
+from lightning_mtl.compare.grid import FIRST_FRESH, SINGLE
 from lightning_mtl.compare.texts import name, one_line
 from lightning_mtl.metrics.delta_p import FORMAT, delta_p
+
+if TYPE_CHECKING:
+    from lightning_mtl.compare.confirm import Plan
+    from lightning_mtl.compare.judge import Candidate, Finding, Judgement
 
 Record = Mapping[str, Any]
 Directions = Mapping[str, Mapping[str, bool]]
@@ -56,6 +61,8 @@ class Row:
         peak_mb: peak memory above what the process held before.
         errors: what went wrong, by run.
         runs: metrics of each finished run, by seed.
+        scores: Δp of each finished run, by seed.
+        baseline: what each seed of the single-task runs does to this Δp, see :func:`_baseline`.
     """
 
     method: str
@@ -68,6 +75,8 @@ class Row:
     peak_mb: float | None = None
     errors: dict[str, str] = field(default_factory=dict)
     runs: dict[int, dict[str, dict[str, float]]] = field(default_factory=dict)
+    scores: dict[int, float] = field(default_factory=dict)
+    baseline: list[float] = field(default_factory=list)
 
 
 @dataclass
@@ -80,6 +89,11 @@ class Summary:
         curves: recorded task gradients by method.
         no_delta_p: why there is no Δp, if there is none.
         unmeasured: tasks without a metric, which Δp says nothing about.
+        judgement: what can be said of the methods; ``None`` without Δp.
+        plan: what a confirmation was asked to decide.
+        fresh: rows of the confirmation, over its seeds only.
+        confirmed: what the confirmation says, ``None`` while runs of it are missing.
+        confirmed_single: the same of joint training against a model per task.
     """
 
     directions: Directions
@@ -87,6 +101,11 @@ class Summary:
     curves: dict[str, list[dict[str, Any]]]
     no_delta_p: str | None = None
     unmeasured: Sequence[str] = ()
+    judgement: Judgement | None = None
+    plan: Plan | None = None
+    fresh: list[Row] = field(default_factory=list)
+    confirmed: Judgement | None = None
+    confirmed_single: Finding | None = None
 
     @property
     def single(self) -> Row:
@@ -114,8 +133,10 @@ def summarise(
     kinds: Mapping[str, str],
     curves: Mapping[str, list[dict[str, Any]]],
     unmeasured: Sequence[str] = (),
+    margin: float | None = None,
+    plan: Plan | None = None,
 ) -> Summary:
-    """Average over seeds, and Δp of every run against the mean of the single-task runs.
+    """Average over seeds, Δp of every run against the mean of the single-task runs, and judge.
 
     Args:
         records: what the runs gave, failed ones too.
@@ -123,12 +144,16 @@ def summarise(
         kinds: ``{method: equal, fixed or balancer}``, in the order of the table.
         curves: recorded task gradients by method.
         unmeasured: tasks without a metric.
+        margin: the smallest difference that matters, in points of Δp.
+        plan: of the confirmation, whose runs are among the records.
     """
+    fresh = {} if plan is None else {m: Row(m, kinds[m]) for m in (plan.balancer, *plan.rivals)}
     rows = {SINGLE: Row(SINGLE, "single")} | {
         method: Row(method, kind) for method, kind in kinds.items()
     }
     for record in records:
-        row = rows[record["method"]]
+        among = rows if record["seed"] < FIRST_FRESH else fresh
+        row = among[record["method"]]
         if record["status"] == "failed":
             row.errors[record["run"]] = record["error"]
         elif record["kind"] == "timing":
@@ -136,12 +161,37 @@ def summarise(
             row.step_ratio = 1.0 if row.kind == "equal" else record["step_ratio"]
         elif record["kind"] == "train":
             row.runs.setdefault(record["seed"], {}).update(record["metrics"])
-    for row in rows.values():
+    for row in (*rows.values(), *fresh.values()):
         row.metrics = _metrics(row, directions)
     drawn = {method: curves[method] for method in rows if method in curves}
     summary = Summary(directions, list(rows.values()), drawn, unmeasured=unmeasured)
+    summary.plan, summary.fresh = plan, list(fresh.values())
     _add_delta_p(summary)
+    if not summary.no_delta_p:
+        _judge(summary, margin)
     return summary
+
+
+def _judge(summary: Summary, margin: float | None) -> None:
+    # Imported here since scipy comes with an extra, and runs do not need it.
+    from lightning_mtl.compare.judge import MARGIN, confirm, confirm_single, judge
+
+    margin = MARGIN if margin is None else margin
+    summary.judgement = judge(_candidates(summary.methods), margin)
+    plan = summary.plan
+    if plan is not None:
+        fresh = _candidates(summary.fresh)
+        if not all(len(c.scores) == plan.seeds for c in fresh):
+            return  # runs of it are missing
+        summary.confirmed = confirm(fresh, plan.balancer, plan.rivals, plan.margin)
+        best = next(c for c in fresh if c.method == plan.best)
+        summary.confirmed_single = confirm_single(best, sorted(best.scores), plan.margin)
+
+
+def _candidates(rows: Iterable[Row]) -> list[Candidate]:
+    from lightning_mtl.compare.judge import Candidate
+
+    return [Candidate(row.method, row.kind, row.scores, row.baseline) for row in rows if row.scores]
 
 
 def _metrics(row: Row, directions: Directions) -> dict[str, dict[str, Spread]]:
@@ -163,17 +213,45 @@ def _add_delta_p(summary: Summary) -> None:
         task: {m: s.mean for m, s in metrics.items()}
         for task, metrics in summary.single.metrics.items()
     }
-    for row in summary.methods:
+    for row in (*summary.methods, *summary.fresh):
         try:
             found = [delta_p(run, base, summary.directions) for run in row.runs.values()]
         except ValueError as error:  # a baseline of zero
             summary.no_delta_p = str(error)
             return
-        row.delta_p = Spread.of([statistics.fmean(run.values()) for run in found])
+        means = [statistics.fmean(run.values()) for run in found]
+        row.scores = dict(zip(row.runs, means, strict=True))
+        row.baseline = _baseline(summary, row)
+        row.delta_p = Spread.of(means)
         for task in summary.directions:
             spread = Spread.of([run[task] for run in found])
             if spread is not None:
                 row.task_delta_p[task] = spread
+
+
+def _baseline(summary: Summary, row: Row) -> list[float]:
+    r"""By how much each single-task seed moves the Δp of a method, were it the whole baseline.
+
+    To first order: :math:`\frac{100}{T}\sum_t s_t \frac{\bar M_t}{\bar B_t}
+    \frac{B_{ti} - \bar B_t}{|\bar B_t|}`, with the method's mean metric :math:`\bar M_t`. Over the
+    seeds that every task has.
+    """
+    if not row.runs:
+        return []
+    runs = [run for run in summary.single.runs.values() if run.keys() >= summary.directions.keys()]
+    moved = []
+    for run in runs:
+        by_task = []
+        for task, metrics in summary.directions.items():
+            parts = []
+            for metric, higher in metrics.items():
+                base = summary.single.metrics[task][metric].mean
+                ratio = row.metrics[task][metric].mean / base
+                parts.append((1 if higher else -1) * ratio * (run[task][metric] - base) / abs(base))
+            by_task.append(statistics.fmean(parts))
+        moved.append(100 * statistics.fmean(by_task))
+    middle = statistics.fmean(moved) if moved else 0.0  # not 0 where a task has a seed more
+    return [value - middle for value in moved]
 
 
 def baseline_json(summary: Summary) -> str:
@@ -211,6 +289,9 @@ def summary_csv(summary: Summary) -> str:
         _add(line, "delta_p", row.delta_p)
         for task in summary.directions:
             _add(line, f"delta_p/{task}", row.task_delta_p.get(task))
+        for column, (low, high) in _intervals(summary, row).items():
+            line += [(f"{column} low", low), (f"{column} high", high)]
+        line.append(("may be best", _tie(summary, row)))
         line += [("step_ms", row.step_ms), ("step_ratio", row.step_ratio), ("peak_mb", row.peak_mb)]
         line.append(("failed", "; ".join(row.errors)))
         lines.append(line)
@@ -226,6 +307,30 @@ def _add(line: list[tuple[str, Any]], column: str, spread: Spread | None) -> Non
     line.append((f"{column} std", None if spread is None else spread.std))
 
 
+def _intervals(summary: Summary, row: Row) -> dict[str, tuple[float | None, float | None]]:
+    """Of Δp and of the difference to equal weighting, 95 % for all rows together."""
+    found = summary.judgement
+    none = (None, None)
+    return {
+        "delta_p": none if found is None else found.delta_p.get(row.method, none),
+        "beside_equal": none if found is None else found.beside_equal.get(row.method, none),
+    }
+
+
+def _tie(summary: Summary, row: Row) -> str:
+    found = summary.judgement
+    if found is None or not found.ties or row.method not in found.judged or row.kind == "single":
+        return ""
+    return "yes" if row.method in found.ties else "no"
+
+
+def _between(interval: tuple[float | None, float | None]) -> str:
+    low, high = interval
+    if low is None or high is None or not math.isfinite(high - low):
+        return "–"
+    return f"{low:+.1f} to {high:+.1f}"
+
+
 def cells(summary: Summary) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the table, as text."""
     columns = [(task, metric) for task, metrics in summary.directions.items() for metric in metrics]
@@ -234,7 +339,15 @@ def cells(summary: Summary) -> tuple[list[str], list[list[str]]]:
         f"{name(f'{task} {metric}')} {'↑' if summary.directions[task][metric] else '↓'}"
         for task, metric in columns
     ]
-    header += ["Δp %", "step ms", "× equal", "peak MB"]
+    header += [
+        "Δp %",
+        "Δp, 95 %",
+        "beside equal, 95 %",
+        "may be best",
+        "step ms",
+        "× equal",
+        "peak MB",
+    ]
     body = []
     for row in summary.rows:
         spreads = [row.metrics.get(task, {}).get(metric) for task, metric in columns]
@@ -242,6 +355,8 @@ def cells(summary: Summary) -> tuple[list[str], list[list[str]]]:
         line.append("0 (by definition)" if row.kind == "single" else "–")
         if row.delta_p is not None:
             line[-1] = row.delta_p.text("+.2f", ".2f")
+        line += map(_between, _intervals(summary, row).values())
+        line.append(_tie(summary, row) or "–")
         line.append("–" if row.step_ms is None else f"{row.step_ms:.2f}")
         line.append("–" if row.step_ratio is None else f"{row.step_ratio:.2f}")
         line.append("–" if row.peak_mb is None else f"{row.peak_mb:.1f}")
@@ -259,7 +374,7 @@ def console_table(summary: Summary) -> str:
     lines += [_aligned(line, widths) for line in body]
     lines += [
         f"FAILED {run}: {one_line(error)}"
-        for row in summary.rows
+        for row in (*summary.rows, *summary.fresh)
         for run, error in row.errors.items()
     ]
     lines += [f"No Δp: {summary.no_delta_p}."] if summary.no_delta_p else []

@@ -84,9 +84,9 @@ def say(text: str, stream: TextIO | None = None) -> None:
         raise
 
 
-def complain(text: str) -> None:
+def complain(text: str, command: str = "compare") -> None:
     """Print a message on stderr, if it is there to be written to."""
     try:
-        say(f"lightning-mtl compare: {text}", sys.stderr)
+        say(f"lightning-mtl {command}: {text}", sys.stderr)
     except OSError:
         return  # there is nowhere else to say it

@@ -138,6 +138,11 @@ def _train(run: Run, job: Job) -> dict[str, Any]:
         run.seed, workers=True, verbose=False
     )  # data order, whatever building a balancer has drawn
     cli.trainer.fit(cli.model, datamodule=cli.datamodule)
+    if not cli.trainer.global_step:
+        raise CompareError(
+            f"Expected training to make optimiser steps but it made none. Look for an empty "
+            f"training loader, and for limits of the trainer in {job.config}."
+        )
     result: dict[str, Any] = {"steps": cli.trainer.global_step}
     if recorder is not None:
         result["curves"] = recorder.points

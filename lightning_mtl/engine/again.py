@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from lightning_mtl.contract import TaskModule
+from lightning_mtl.engine.batches import described
 from lightning_mtl.engine.keep import changed, copied, iterator_in, places, versions
 from lightning_mtl.ranks import OneProcess
 
@@ -156,8 +157,7 @@ def _losses(module: TaskModule, micro: Seen) -> Mapping[str, Any]:
     except Exception as error:
         note = (
             f"{micro.balancer} asked for the losses of the same batch once more, and `task_losses` "
-            f"of {type(module).__name__} failed. Let it depend on the batch and the parameters "
-            f"alone, or use a balancer that does not ask again."
+            f"of {type(module).__name__} failed. {_cure(module)}"
         )
         if hasattr(error, "add_note"):  # from Python 3.11 on
             error.add_note(note)
@@ -167,10 +167,29 @@ def _losses(module: TaskModule, micro: Seen) -> Mapping[str, Any]:
     if not isinstance(losses, Mapping):
         raise TypeError(
             f"Expected `task_losses` to return {{task: loss}} also when {micro.balancer} asks for "
-            f"the same batch once more but got {type(losses).__name__}. Let it depend on the batch "
-            f"and the parameters alone."
+            f"the same batch once more but got {type(losses).__name__}. {_cure(module)}"
         )
+    for name, value in losses.items():
+        loss = value[0] if isinstance(value, tuple) else value
+        if name not in module.task_names or (isinstance(loss, Tensor) and loss.numel() != 1):
+            raise ValueError(
+                f"Expected `task_losses` to return one scalar for some of "
+                f"{list(module.task_names)} also when {micro.balancer} asks for the same batch "
+                f"once more but got {name!r}, {described(value)}. {_cure(module)}"
+            )
     return losses
+
+
+def _cure(module: TaskModule) -> str:
+    if not module.training:  # as detectors do, which give detections there
+        return (
+            "It asks in evaluation mode. Where losses are given in training mode only, use "
+            "`SAMO(local='gradient')`, which does not."
+        )
+    return (
+        "Let it depend on the batch and the parameters alone, or use a balancer that does not ask "
+        "again."
+    )
 
 
 @contextmanager

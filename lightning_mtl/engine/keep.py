@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import types
+from collections import UserList, deque
 from collections.abc import Iterator, Mapping, MutableMapping
 from typing import Any
 
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 
 _ATOMS = (str, bytes, int, float, complex, bool, type(None), torch.device, torch.dtype, torch.Size)
 _OPAQUE = (*_ATOMS, nn.Module, type, types.ModuleType, types.FunctionType, types.MethodType)
+
+_LISTS = (list, deque, UserList)
 
 
 def copied(value: Any, memo: dict[int, Any] | None = None) -> Any:
@@ -37,8 +40,9 @@ def copied(value: Any, memo: dict[int, Any] | None = None) -> Any:
     if isinstance(new, MutableMapping):
         for key in list(new):
             new[key] = copied(new[key], memo)
-    elif isinstance(new, list):
-        new[:] = [copied(item, memo) for item in new]
+    elif isinstance(new, _LISTS):
+        for i, item in enumerate(list(new)):
+            new[i] = copied(item, memo)
     elif not hasattr(type(value), "__copy__"):
         for name, item in _attributes(new).items():
             object.__setattr__(new, name, copied(item, memo))
@@ -93,7 +97,7 @@ def places(value: Any, tensors: list[Tensor], where: str = "batch", depth: int =
         return []
     if isinstance(value, Mapping):
         inside = [(f"{where}[{key!r}]", item) for key, item in value.items()]
-    elif isinstance(value, (list, tuple)):
+    elif isinstance(value, (tuple, *_LISTS)):
         inside = [(f"{where}[{i}]", item) for i, item in enumerate(value)]
     else:
         inside = [(f"{where}.{name}", item) for name, item in _attributes(value).items()]
@@ -111,7 +115,7 @@ def _leaves(value: Any, seen: set[int] | None = None) -> Iterator[Any]:
     elif isinstance(value, Mapping):
         for item in value.values():
             yield from _leaves(item, seen)
-    elif isinstance(value, (list, tuple, set, frozenset)):
+    elif isinstance(value, (tuple, set, frozenset, *_LISTS)):
         for item in value:
             yield from _leaves(item, seen)
     else:

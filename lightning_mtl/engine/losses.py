@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
@@ -21,7 +21,8 @@ from lightning_mtl.ranks import OneProcess
 
 def check_task_names(names: Sequence[str]) -> tuple[str, ...]:
     """Task names as a tuple; refuses duplicates, empty lists and names that cannot be logged."""
-    if isinstance(names, str) or not all(isinstance(n, str) for n in names):
+    listed = isinstance(names, Iterable) and not isinstance(names, str)
+    if not listed or not all(isinstance(n, str) for n in names):
         raise TypeError(f"Expected task names as a list of strings but got {names!r}.")
     names = tuple(names)
     if not names:

@@ -112,7 +112,8 @@ class Flow:
         """One micro-batch, and a balanced optimiser step after the last one of a group."""
         if self.closure is not None:
             return self.closure.run(batch, batch_idx)
-        if self.module.automatic_optimization:
+        called = self.module._current_fx_name == "training_step"  # by Lightning, not in a hook
+        if self.module.automatic_optimization or not called:
             # Lightning searches for a learning rate or a batch size, without our callback.
             return self.read_losses(batch, batch_idx).total()
         self._ask(batch_idx)

@@ -18,7 +18,7 @@ def compile_losses(module: TaskModule) -> None:
     """
     if module._compiler_ctx is None:
         return
-    base = base_of(module)
+    base = base_of(type(module))
     for name in _STEPS:
         if getattr(type(module), name) is getattr(base, name):
             vars(module).pop(name, None)

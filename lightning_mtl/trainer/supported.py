@@ -37,7 +37,15 @@ _CURES = {
 
 def check_trainer(trainer: Trainer, module: TaskModule, callbacks: Sequence[Callback]) -> None:
     """Refuse combinations that would train something else than the user asked for."""
-    name, base = type(module).__name__, base_of(module)
+    name, base = type(module).__name__, base_of(type(module))
+    compiled = module._compiler_ctx  # by `torch.compile(module)`, which puts steps on the object
+    step = compiled["original_training_step"] if compiled else vars(module).get("training_step")
+    if step and getattr(step, "__func__", None) is not type(module).training_step:
+        raise MisconfigurationException(
+            f"`training_step` was set on an object of {name}, but there MultiTaskModule balances. "
+            f"Set `task_losses` instead, a function of the batch that returns a dict "
+            f"{{task: loss}}."
+        )
     if type(module).training_step is not base.training_step:
         owner = next(c for c in type(module).__mro__ if "training_step" in vars(c))
         if not issubclass(owner, base):
