@@ -49,8 +49,9 @@ ATTEMPTS = 4  # a neighbour on the same machine can slow one way for seconds
 LIMITS: dict[tuple[str, str], float] = {
     (TINY, ENGINE): 1.75,  # [1.44, 1.41, 1.41]
     (TINY, NONE): 1.40,  # [1.12, 1.13, 1.13]
-    (TINY, MINNORM): 1.75,  # [1.39]; before, [1.52, 1.51]
-    (TINY, DUAL): 1.90,  # [1.51]; before, [1.64, 1.66]
+    # With inner products in float64, on a third machine: [1.47 to 1.66] and [1.55 to 1.89].
+    (TINY, MINNORM): 1.85,  # [1.39]; before, [1.52, 1.51]
+    (TINY, DUAL): 2.05,  # [1.51]; before, [1.64, 1.66]
     (WIDE, ENGINE): 3.15,  # [2.55, 2.54, 2.43]
     (WIDE, NONE): 1.35,  # [1.04, 1.03, 1.11]
     (WIDE, MINNORM): 3.15,  # [2.49, 2.42, 2.53]

@@ -68,8 +68,9 @@ def arguments(cls: type) -> tuple[str, ...]:
     """
     found = _arguments.get(cls)
     if found is None:
+        constructor = cls.__init__  # type: ignore[misc] # of a class, which is what is asked about
         ours = cls.__module__.partition(".")[0] == "lightning_mtl"
-        found = tuple(inspect.signature(cls.__init__).parameters)[1:] if ours else ()  # type: ignore[misc]
+        found = tuple(inspect.signature(constructor).parameters)[1:] if ours else ()
         _arguments[cls] = found
     return found
 

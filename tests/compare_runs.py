@@ -44,6 +44,8 @@ def start(folder: Path, options: list[str]) -> BaseProcess:
 
 def _command(folder: Path, options: list[str]) -> None:
     os.setsid()
+    # A shell lets what it starts in the background ignore it, and children inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.chdir(folder)
     with Path("printed.txt").open("w") as out:
         os.dup2(out.fileno(), 1)

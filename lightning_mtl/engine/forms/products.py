@@ -191,7 +191,7 @@ def _in_place_of(module: nn.Module, tensors: dict[int, Tensor]) -> Iterator[None
         )
     try:
         for holder, name, p in places:
-            holder[name] = tensors[id(p)]  # type: ignore[assignment]
+            holder[name] = tensors[id(p)]  # type: ignore[assignment] # no Parameter, for a while
         yield
     finally:
         for holder, name, p in places:

@@ -130,7 +130,7 @@ class ShardedParameters(TaskGradients):
         rows = []
         for row in tensor.reshape(-1, tensor.shape[-1]):
             parts = row.split(list(self.columns.sizes))
-            full = [
+            full = [  # `_grad` makes DTensors here
                 self._grad(p, part.reshape(_local(p).shape)).full_tensor().flatten()  # type: ignore[attr-defined]
                 for p, part in zip(self._shared(), parts, strict=True)
             ]
