@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from lightning_mtl.arguments import one_of
+from lightning_mtl.arguments import PerTask, one_of
 from lightning_mtl.changed import settle
 from lightning_mtl.contract import TaskModule, other_trainer
 from lightning_mtl.numerics import inner, storage
@@ -137,6 +137,19 @@ class Balancer(Stateful):
         for hook in _STEP_HOOKS:
             if vars(self).get(hook, self) is None:
                 del vars(self)[hook]
+
+    def check_tasks(self, tasks: Sequence[str]) -> None:
+        """Compare what the constructor was given for each task with all tasks of the run.
+
+        Args:
+            tasks: every task of the run, in order.
+
+        Raises:
+            ValueError: a number is for an unknown task, or there are more or fewer than tasks.
+        """
+        for value in vars(self).values():
+            if isinstance(value, PerTask):
+                value.check_tasks(tasks)
 
     def update(self, losses: Tensor, after: Tensor | None = None) -> None:
         """Learn from an optimiser step that was taken; wrapped balancers learn too.

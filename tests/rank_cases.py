@@ -144,9 +144,11 @@ def run(case: str, rank: int, world: int) -> dict[str, Any]:
     variant, _, name = case.partition("|")
     method = balancer(name)
     extra = {"accumulate_grad_batches": method.batches} if getattr(method, "batches", 1) > 1 else {}
-    # Its weights are as long as the sum of the losses over one of them: twenty steps at the rate of
-    # the others make 7e-5 of a difference of 1e-7 at the start, in one process too.
-    lr = 0.002 if name.startswith("GO4Align(") else 0.01
+    # Their directions are long, that of the sum of the losses over one of them or of the longest
+    # gradient: twenty steps at the rate of the others make up to 7e-5 of a difference of 1e-7 at
+    # the start, in one process too.
+    long = name.startswith(("GO4Align(", "DualBalance(beta=0.0, loss_part=False)"))
+    lr = 0.002 if long else 0.01
     trainer, module = fit([method], rank, world, variant, lr=lr, **extra)
     return {
         "weights": torch.cat([_whole(p.detach()).flatten() for p in module.net.parameters()]),

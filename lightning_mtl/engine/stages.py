@@ -45,9 +45,7 @@ def check_tasks(balancers: Iterable[Balancer | None], tasks: Sequence[str]) -> N
         if balancer is None:
             continue
         balancer._known_tasks = tuple(tasks)
-        check = getattr(balancer, "check_tasks", None)
-        if check is not None:
-            check(tasks)
+        balancer.check_tasks(tasks)
         check_tasks(balancer.nested().values(), tasks)
 
 
