@@ -104,6 +104,12 @@ class Balancer(Stateful):
             if getattr(type(self), hook) is getattr(Callback, hook):
                 vars(self).setdefault(hook, None)
 
+    @property
+    def learns(self) -> bool:
+        """Whether it, or one that it wraps, defines :meth:`update`."""
+        own = type(self).update is not Balancer.update
+        return own or any(nested.learns for nested in self.nested().values())
+
     def _begin(self, fitting: str) -> None:
         """Take up changed arguments, those of wrapped balancers first; the fit reads them."""
         for nested in self.nested().values():
@@ -277,6 +283,12 @@ class GradientBalancer(Balancer):
     def perturbs(self) -> bool:
         """Whether it says where the gradient of each task is to be taken (:class:`Perturbing`)."""
         return isinstance(self, Perturbing)
+
+    @property
+    def needs_all_rows(self) -> bool:
+        """Whether it needs all task gradients in every step: it defines no way to do with fewer."""
+        kind, base = type(self), GradientBalancer
+        return kind.reused_weights is base.reused_weights and kind.wanted is base.wanted
 
     def weights(self, gramian: Tensor, losses: Tensor) -> Tensor:
         r"""Weights :math:`w`, shape ``(T,)``, of the task gradients in the direction.

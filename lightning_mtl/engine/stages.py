@@ -58,20 +58,6 @@ def warn_of_one_task(balancer: Balancer | None, tasks: Sequence[str]) -> None:
         )
 
 
-def learns(balancer: Balancer) -> bool:
-    """Whether it, or one it wraps, defines ``update``."""
-    own = type(balancer).update is not Balancer.update
-    return own or any(learns(nested) for nested in balancer.nested().values())
-
-
-def needs_all_rows(balancer: GradientBalancer | None) -> bool:
-    """Whether it needs all task gradients in every step."""
-    if balancer is None:
-        return False
-    kind, base = type(balancer), GradientBalancer
-    return kind.reused_weights is base.reused_weights and kind.wanted is base.wanted
-
-
 def same_tasks(tasks: Sequence[str], ranks: OneProcess) -> None:
     """Refuse ranks that train different tasks, before any of them waits for another.
 

@@ -32,8 +32,6 @@ from lightning_mtl.engine.record import StepRecord
 from lightning_mtl.engine.stages import (
     attached_balancers,
     check_tasks,
-    learns,
-    needs_all_rows,
     same_tasks,
     warn_of_one_task,
 )
@@ -62,7 +60,7 @@ class Flow:
         self.gradient_balancer = gradient if gradient and gradient.needs_jacobian else None
         self.observers = [c for c in callbacks if hasattr(c, "wants_jacobian")]
         self._limit = limit_of(self.balancers)
-        self._learners = [b for b in self.balancers if learns(b)]
+        self._learners = [b for b in self.balancers if b.learns]
         asking = [b for b in self.balancers if getattr(b, "needs_losses_after", False)]
         self._again = bool(asking)
         balancer = self.gradient_balancer
@@ -82,7 +80,7 @@ class Flow:
         self.setting = Setting(
             module, trainer, self.layout, self.loss_balancer, balancer, self._limit
         )
-        self._kinds = kinds(balancer, all_rows=needs_all_rows(balancer))
+        self._kinds = kinds(balancer)
         self._form: Form | None = None  # of the step that has begun
         self._synced: bool | None = None  # whether BatchNorm has collectives of its own
         self._observed = False

@@ -19,18 +19,17 @@ from lightning_mtl.engine.group import Group
 from lightning_mtl.engine.two_stages import of_all
 
 
-def kinds(balancer: GradientBalancer | None, *, all_rows: bool) -> tuple[type[Form], ...]:
+def kinds(balancer: GradientBalancer | None) -> tuple[type[Form], ...]:
     """The forms that steps of a fit may have to take where nobody looks.
 
     Args:
         balancer: of the gradients.
-        all_rows: whether it needs all task gradients in every step.
     """
     if balancer is None:
         return (Sum,)
     if balancer.perturbs:
         return (Perturbed,)
-    return (Rows, Probed) if all_rows else (Rows, Probed, Reuse, Sum)
+    return (Rows, Probed) if balancer.needs_all_rows else (Rows, Probed, Reuse, Sum)
 
 
 def choose(

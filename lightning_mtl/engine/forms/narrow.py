@@ -10,8 +10,8 @@ from torch import Tensor
 
 from lightning_mtl.balancer import Columns
 from lightning_mtl.engine.gradients.heads import HeadGradients, refuse_sparse
+from lightning_mtl.engine.gradients.over_columns import OverColumns
 from lightning_mtl.engine.gradients.rows import TaskGradients
-from lightning_mtl.numerics import inner
 from lightning_mtl.numerics.flat import as_grad, real
 from lightning_mtl.numerics.storage import combined
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from lightning_mtl.engine.gradients.task_losses import TaskLosses
 
 
-class Probe:
+class Probe(OverColumns):
     """Task gradients with respect to a few tensors, for one step; then one trunk backward pass.
 
     It stands in for :class:`TaskGradients` where a step is balanced: rows are gradients with
@@ -49,7 +49,7 @@ class Probe:
         self.losses: list[Tensor | None] = [None] * gradients.num_tasks
         self.rows = gradients.narrow_rows(self.tensors)
 
-    kept = corrects = False
+    kept = False
 
     @property
     def columns(self) -> Columns:
@@ -94,26 +94,10 @@ class Probe:
         """Sums over columns, completed over ranks: each has the representation of its batch."""
         return partial if self.representation is None else self.gradients.ranks.sum_(partial)
 
-    def gramian(self, rows: Tensor) -> Tensor:
-        """Inner products of the rows, complete over ranks, shape ``(T, T)``, float64."""
-        return self.sum_shards(inner.gramian(rows))
-
-    def along(self, rows: Tensor, direction: Tensor) -> Tensor:
-        """Inner products of the rows with the direction, shape ``(T,)``."""
-        return self.sum_shards(inner.along(rows, direction))
-
-    def length(self, direction: Tensor) -> Tensor:
-        """Norm of the direction."""
-        return self.sum_shards(inner.gramian(direction[None])[0, 0]).sqrt()
-
     @property
     def shards(self) -> None:
         """No state follows these columns."""
         return
-
-    def sizes(self, rows: Tensor) -> Tensor:
-        """Sizes of rows, complete over ranks."""
-        return self.sum_shards(inner.largest(rows))
 
     def drop(self, task: int) -> None:
         """Forget what task ``task`` contributed."""
@@ -123,10 +107,6 @@ class Probe:
     def agree(self) -> None:
         """As that of :class:`TaskGradients`."""
         self.gradients.agree()
-
-    def product(self, weights: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Not without forward mode."""
-        raise NotImplementedError
 
     def note_late(self) -> None:
         """As that of :class:`TaskGradients`."""
