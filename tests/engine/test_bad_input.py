@@ -242,6 +242,11 @@ WRONG: dict[str, tuple[Fault, type[Exception], str]] = {
         ValueError,
         r"loss of task 'b' to be a scalar but got shape \(4,\). Reduce it, .*`\.mean\(\)`",
     ),
+    "complex": (
+        change("b", lambda loss: loss.to(torch.complex64)),
+        ValueError,
+        r"loss of task 'b' to be a real number but got torch.complex64. Return its real part",
+    ),
     "no graph": (
         change("b", lambda loss: loss.detach()),
         ValueError,
