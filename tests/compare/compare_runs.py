@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
@@ -9,6 +10,7 @@ from collections.abc import Callable
 from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -83,3 +85,10 @@ def gone(pid: int) -> bool:
 def kill(process: BaseProcess, how: int = signal.SIGKILL) -> None:
     assert process.pid is not None
     os.kill(process.pid, how)
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    """Every line of the results, each of which has to be whole."""
+    text = (folder / "out" / "results.jsonl").read_text()
+    assert not text or text.endswith("\n")
+    return [json.loads(line) for line in text.splitlines()]

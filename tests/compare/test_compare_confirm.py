@@ -13,7 +13,7 @@ import pytest
 from lightning_mtl.cli import main
 from lightning_mtl.compare.confirm import Plan
 from lightning_mtl.compare.grid import FIRST_FRESH
-from tests.compare.compare_runs import files, finished, printed, start, started, until
+from tests.compare.compare_runs import files, finished, printed, records, start, until
 
 BALANCERS = {
     "equal": [],
@@ -21,20 +21,6 @@ BALANCERS = {
     "fixed-x3": [{"class_path": "Scalarization", "init_args": {"weights": {"regress": 3.0}}}],
 }
 MADE = ("summary.csv", "baseline.json", "report.html", "runs.png")
-
-
-@pytest.fixture(autouse=True)
-def _leave_no_process():
-    yield
-    while started:
-        process = started.pop()
-        if process.is_alive():
-            process.kill()
-
-
-def records(folder: Path) -> list[dict]:
-    text = (folder / "out" / "results.jsonl").read_text()
-    return [json.loads(line) for line in text.splitlines()]
 
 
 @pytest.mark.slow

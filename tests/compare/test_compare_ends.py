@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import resource
 import shutil
@@ -24,30 +23,14 @@ from tests.compare.compare_runs import (
     gone,
     kill,
     printed,
+    records,
     start,
-    started,
     until,
 )
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="signals, /proc and tmpfs")
 STUCK = {"equal": [], "stuck": [{"class_path": MODEL + "Stuck"}]}
 BROKEN = {"equal": [], "broken": [{"class_path": MODEL + "Broken"}]}
-
-
-@pytest.fixture(autouse=True)
-def _leave_no_process():
-    yield
-    while started:
-        process = started.pop()
-        if process.is_alive():
-            process.kill()
-
-
-def records(folder: Path) -> list[dict]:
-    """Every line of the results, each of which has to be whole."""
-    text = (folder / "out" / "results.jsonl").read_text()
-    assert not text or text.endswith("\n")
-    return [json.loads(line) for line in text.splitlines()]
 
 
 def program(
