@@ -13,7 +13,7 @@ from examples.digits.data import DigitsDataModule
 from examples.digits.idx import read_idx
 from examples.digits.model import TwoDigits
 from examples.footprint import footprint, footprint_table, separate
-from tests.models import trainer
+from tests.common.models import trainer
 
 FOLDER = Path(grid.__file__).parent
 IMAGES, LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"

@@ -24,7 +24,7 @@ from lightning_mtl import CentralDirection, GradientBalancer, TaskTensioner
 from lightning_mtl.gradient_balancers.central_direction import central_direction_weights
 from lightning_mtl.gradient_balancers.min_norm import min_norm_weights
 from lightning_mtl.gradient_balancers.task_tensioner import tension_weights
-from tests.models import trainer
+from tests.common.models import trainer
 
 FOLDER = Path(tables.__file__).parent
 DOUBLE = torch.float64
