@@ -72,12 +72,12 @@ demo: install  ## two digits, every balancer, three seeds; report in demo_result
 		--balancers examples/digits/balancers.yaml --seeds 3 --workers 2 --split test \
 		--out demo_results
 
-# Logic gates as published, the two digits in a short form: fewer pairs, epochs and rates.
+# Logic gates as published; two digits with settings under which a run takes seconds, three rates.
 papers: install  ## tables of the papers that take minutes; results in papers_results/
 	$(BIN)/python -m examples.logic_gates.tables --out papers_results/logic_gates
-	$(BIN)/python -m examples.digits.grid --out papers_results/digits --source digits \
-		--balancers examples/digits/table5.yaml --rates 0.01 0.05 0.1 --pairs 6400 2000 \
-		--max-epochs 3 --seeds 1
+	$(BIN)/python -m examples.digits.grid --out papers_results/digits --seeds 1 \
+		--config examples/digits/compare.yaml --balancers examples/digits/table5.yaml \
+		--rates 0.001 0.002 0.005
 
 cost: install  ## fail when a step costs more, beside plain training, than it did
 	$(BIN)/python benchmarks/check.py
