@@ -158,7 +158,7 @@ def _ratio(ratio: Ratio | None) -> Cell:
 def _between(interval: tuple[float, float] | None) -> Cell:
     if interval is None or not math.isfinite(interval[1] - interval[0]):
         return Cell(_NONE)
-    return Cell(f"{interval[0]:+.1f} to {interval[1]:+.1f}", "", interval[0])
+    return Cell(f"{interval[0]:+.1f}", f"to {interval[1]:+.1f}", interval[0])
 
 
 def _tie(summary: Summary, row: Row) -> str:

@@ -103,7 +103,7 @@ def _median(values: Sequence[float]) -> float | None:
     return statistics.median(values) if values else None
 
 
-def equal_ms(timings: Mapping[str, Mapping[str, Any]], equal: str | None) -> float | None:
+def equal_ms(timings: Mapping[str, Mapping[str, Any]], equal: str) -> float | None:
     """A step of equal weighting: one number for the whole comparison.
 
     The median over all its turns, those beside every row; of records from before there were turns,
@@ -113,7 +113,9 @@ def equal_ms(timings: Mapping[str, Mapping[str, Any]], equal: str | None) -> flo
         timings: finished records of the kind ``timing``, by method.
         equal: the name of equal weighting.
     """
-    turns = [ms for record in timings.values() for ms in record.get("equal_turns_ms", ())]
+    turns: list[float] = []
+    for record in timings.values():
+        turns += record.get("equal_turns_ms", ())
     if turns:
         return statistics.median(turns)
     if equal in timings:

@@ -201,7 +201,8 @@ def _reached(module: LightningModule, batches: Sequence[Any]) -> int:
         with torch.enable_grad(), torch.backends.cudnn.flags(enabled=False):
             for batch in batches:
                 losses = [loss.sum() for loss in _losses(module, batch).values()]
-                found = torch.autograd.grad(sum(losses), parameters, allow_unused=True)
+                ones = [torch.ones_like(loss) for loss in losses]
+                found = torch.autograd.grad(losses, parameters, ones, allow_unused=True)
                 reached |= {i for i, grad in enumerate(found) if grad is not None}
     finally:
         for parameter in frozen:

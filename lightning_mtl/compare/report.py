@@ -194,9 +194,13 @@ def _models(summary: Summary, text: _Text) -> str:
 def _figure(picture: Picture, text: _Text) -> str:
     caption = f"{text(picture.plots)} File: {picture.file}."
     label = f'role="img" aria-label="{escape(picture.title)}"'
+    if picture.narrow is None:
+        drawn = f'<div class="pan" {label}>{picture.wide}</div>'
+    else:
+        drawn = f'<div class="wide" {label}>{picture.wide}</div>'
+        drawn += f'<div class="narrow" {label}>{picture.narrow}</div>'
     return (
         f"<figure><h3>{text(picture.title)}</h3><p>{text(picture.shows)}</p>"
-        f'<div class="wide" {label}>{picture.wide}</div>'
-        f'<div class="narrow" {label}>{picture.narrow}</div>'
+        f"{drawn}"
         f"<figcaption>{caption}</figcaption></figure>"
     )

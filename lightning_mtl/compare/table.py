@@ -204,7 +204,7 @@ def summarise(
 
 def _add_cost(summary: Summary, timings: Mapping[str, Record]) -> None:
     """Milliseconds are those of equal weighting by each ratio, so that both order rows alike."""
-    equal = next((row.method for row in summary.methods if row.kind == "equal"), None)
+    equal = next((row.method for row in summary.methods if row.kind == "equal"), "")
     milliseconds = equal_ms(timings, equal)
     if milliseconds is None:
         return
@@ -221,7 +221,9 @@ def _add_cost(summary: Summary, timings: Mapping[str, Record]) -> None:
         summary.noise = step_ratio(timings[equal])
     if timings[equal].get("models"):
         models = summary.models = Models.of(timings[equal]["models"])
-        steps = {t: one.step.value * milliseconds for t, one in models.single.items() if one.step}
+        steps: dict[str | None, float] = {
+            task: one.step.value * milliseconds for task, one in models.single.items() if one.step
+        }
         if steps.keys() >= summary.directions.keys():
             single = summary.single
             single.device_seconds = Spread.of(device_seconds(single.lengths, steps))

@@ -51,7 +51,7 @@ def time_method(
             more = [memory] if turn == 0 and times is own else []
             _fit(config, seed, [*callbacks_from(method, chosen), *more, timer])
             times.append(1000 * statistics.median(timer.durations()))
-    found = {
+    found: dict[str, Any] = {
         "step_ms": round(statistics.median(own), 4),
         "step_ratio": round(statistics.median(a / b for a, b in zip(own, equal, strict=True)), 4),
         "peak_mb": memory.peak_mb,

@@ -29,7 +29,7 @@ class Picture:
         shows: what this one shows.
         png: the file.
         wide: SVG for a page.
-        narrow: SVG for a phone.
+        narrow: SVG for a phone; one that is folded is scrolled there instead.
         folded: whether a page shows it on request only.
     """
 
@@ -39,7 +39,7 @@ class Picture:
     shows: str
     png: bytes
     wide: str
-    narrow: str
+    narrow: str | None
     folded: bool = False
 
 
@@ -50,8 +50,8 @@ _SMOOTH = (
     "Methods of one backward pass have no curve; equal weighting was run once more for its own."
 )
 _DRAWN = (
-    "Mean over tasks and seeds with the 95 % interval of the table, or the standard deviation "
-    "where there is none; filled: the best row and those that may be the best. The axis shows the region "
+    "Mean over tasks and seeds with the 95 % interval of the table, or the standard deviation if "
+    "there is none; filled: the best row and those that may be the best. The axis shows the region "
     "of the best rows: an arrow is a row beyond it, its number stands at the right."
 )
 _TIME = (
@@ -76,13 +76,12 @@ class _Kind:
     folded: bool = False
 
     def picture(self, summary: Summary) -> Picture | None:
-        wide, narrow = self.draw(summary, WIDE), self.draw(summary, NARROW)
-        if wide is None or narrow is None:
+        wide = self.draw(summary, WIDE)
+        narrow = None if self.folded else self.draw(summary, NARROW)
+        if wide is None:
             return None
-        for drawing in (wide, narrow):
-            drawing.settle()
         stem = self.file.removesuffix(".png").replace("_", "-")
-        svgs = wide.svg(f"{stem}-w"), narrow.svg(f"{stem}-n")
+        svgs = wide.svg(f"{stem}-w"), narrow.svg(f"{stem}-n") if narrow else None
         shows = self.shows(summary)
         return Picture(self.file, self.title, self.plots, shows, wide.png(), *svgs, self.folded)
 

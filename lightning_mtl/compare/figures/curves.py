@@ -15,6 +15,7 @@ from lightning_mtl.compare.figures.drawing import (
     WIDE,
     Drawing,
     label,
+    logarithmic,
     name_points,
     panels,
 )
@@ -45,7 +46,7 @@ def draw_overall(summary: Summary, width: float, what: str) -> Drawing | None:
     named = important(summary) & bands.keys() or set(list(bands)[:_MOST])
     drawing, (axis,) = panels(width, 3.2)
     if what == "norms":
-        axis.set_yscale("log")
+        logarithmic(axis, "y", [value for curve in bands.values() for value in curve.mean])
     else:
         axis.axhline(0, color=INK, linewidth=0.8)
     ends = []
@@ -63,7 +64,9 @@ def draw_overall(summary: Summary, width: float, what: str) -> Drawing | None:
         drawing.tip(line, f"{method}: {curve.mean[0]:.3g} at first, {curve.mean[-1]:.3g} at last")
         if strong:
             ends.append((curve.steps[-1], curve.mean[-1], label(method, width)))
-    axis.margins(x=0.02)
+    first = min(curve.steps[0] for curve in bands.values())
+    last = max(curve.steps[-1] for curve in bands.values())
+    axis.set_xlim(first, last + (0.18 if width >= WIDE else 0.3) * (last - first or 1))  # for names
     axis.set_xlabel("optimiser step")
     axis.set_ylabel(TITLES[what])
     name_points(drawing, axis, ends)
@@ -98,8 +101,9 @@ def draw_methods(summary: Summary, width: float, what: str) -> Drawing | None:
         axis.set_title(label(method, width))
         if what == "cosines":
             axis.axhline(0, color=INK, linewidth=0.8)
-        else:
-            axis.set_yscale("log")
+    if what == "norms":
+        drawn = [curve for axis in axes for line in axis.lines for curve in line.get_ydata()]
+        logarithmic(axes[0], "y", drawn)
     for axis in axes[len(summary.curves) :]:
         axis.remove()
     for axis in axes[: len(summary.curves)][-columns:]:

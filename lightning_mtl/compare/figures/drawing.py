@@ -16,8 +16,10 @@ from typing import Any
 
 from cycler import cycler
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import FormatStrFormatter, LogLocator, NullLocator
 
 from lightning_mtl.compare.table import Row
 from lightning_mtl.compare.texts import name
@@ -39,6 +41,7 @@ VARIABLES = (
     | {colour: kind for kind, colour in KINDS.items()}
     | {colour: f"cycle{i}" for i, colour in enumerate(CYCLE)}
 )
+_SPAN = 8.0  # largest by smallest, from which an axis is logarithmic
 WIDE, NARROW = 7.6, 3.9  # inches; a page picks one of both by its own width
 
 STYLE: Any = {
@@ -72,10 +75,12 @@ class Drawing:
     Attributes:
         figure: of matplotlib.
         tips: texts by the ``gid`` of the artist.
+        settled: whether it is laid out.
     """
 
     figure: Figure
     tips: dict[str, str] = field(default_factory=dict)
+    settled: bool = False
 
     def tip(self, artist: Any, text: str) -> None:
         """Let a pointer on ``artist`` show ``text``."""
@@ -84,14 +89,19 @@ class Drawing:
         self.tips[gid] = text
 
     def settle(self) -> None:
-        """Lay it out now, once: every later drawing takes the same places."""
-        self.figure.draw_without_rendering()
-        self.figure.set_layout_engine("none")
+        """Lay it out, once: every drawing after that takes the same places."""
+        if not self.settled:
+            self.figure.draw_without_rendering()
+            self.figure.set_layout_engine("none")
+            self.settled = True
 
+    # Not by `savefig`, which draws everything once more to know the layout.
     def png(self) -> bytes:
         """For a paper: on white."""
+        self.settle()
+        self.figure.set_facecolor("white")
         buffer = io.BytesIO()
-        self.figure.savefig(buffer, format="png", dpi=150, facecolor="white")
+        FigureCanvasAgg(self.figure).print_png(buffer)
         return buffer.getvalue()
 
     def svg(self, prefix: str) -> str:
@@ -100,9 +110,13 @@ class Drawing:
         Args:
             prefix: of all its ids, which are then unique in the page.
         """
+        self.settle()
+        parts: list[Any] = [self.figure, *self.figure.axes]
+        for part in parts:
+            part.set_facecolor("none")
         buffer = io.StringIO()
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        self.figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
+        FigureCanvasSVG(self.figure).print_svg(buffer, metadata=nothing)
         return embedded(buffer.getvalue(), prefix, self.tips)
 
 
@@ -131,10 +145,28 @@ def panels(
     width: float, height: float, rows: int = 1, columns: int = 1, **kwargs: Any
 ) -> tuple[Drawing, list[Any]]:
     """A figure and its axes, row by row."""
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = Figure(figsize=(width, height), layout="constrained", dpi=150)
     FigureCanvasAgg(figure)
     axes = figure.subplots(rows, columns, squeeze=False, **kwargs)
     return Drawing(figure), [axis for line in axes for axis in line]
+
+
+def logarithmic(axis: Any, way: str, values: Sequence[float]) -> None:
+    """Let an axis be logarithmic where its values span more than about a decade.
+
+    Args:
+        axis: of a panel.
+        way: ``x`` or ``y``.
+        values: what it shows.
+    """
+    seen = [value for value in values if value > 0]
+    if len(seen) < len(values) or not seen or max(seen) / min(seen) < _SPAN:
+        return
+    getattr(axis, f"set_{way}scale")("log")
+    ticks = getattr(axis, f"{way}axis")
+    ticks.set_major_locator(LogLocator(subs=(1, 2, 5) if max(seen) / min(seen) < 300 else (1,)))
+    ticks.set_major_formatter(FormatStrFormatter("%g"))
+    ticks.set_minor_locator(NullLocator())
 
 
 def label(text: str, width: float = WIDE) -> str:
@@ -182,7 +214,7 @@ def name_points(drawing: Drawing, axis: Any, points: Sequence[tuple[float, float
     renderer = drawing.figure.canvas.get_renderer()  # type: ignore[attr-defined]
     inside = axis.get_window_extent(renderer)
     seats = axis.transData.transform([(x, y) for x, y, _ in points]) if points else []
-    taken = []
+    taken: list[Any] = []
     for x, y, text in points:
         for dx, dy, ha, va in _PLACES:
             note = axis.annotate(

@@ -10,6 +10,7 @@ from lightning_mtl.compare.figures.drawing import (
     Drawing,
     label,
     legend,
+    logarithmic,
     name_points,
     panels,
     point,
@@ -22,7 +23,6 @@ COSTS = {
     "device_seconds": "device-seconds of a training (of all single-task trainings)",
     "peak_mb": "peak memory of a training (MB)",
 }
-_FAR = 8.0  # from this ratio of costs on, their axis is logarithmic
 
 
 def draw_pareto(summary: Summary, width: float, cost: str) -> Drawing | None:
@@ -34,8 +34,7 @@ def draw_pareto(summary: Summary, width: float, cost: str) -> Drawing | None:
     drawing, (axis,) = panels(width, 3.9 if width >= WIDE else 3.6)
     low, high = visible_range([(gain, None) for _, gain in prices.values()])
     costs = [paid for paid, _ in prices.values()]
-    if min(costs) > 0 and max(costs) / min(costs) > _FAR:
-        axis.set_xscale("log")
+    logarithmic(axis, "x", costs)
     best = pareto(summary, cost)
     named = important(summary) | set(best)
     for row in rows:
@@ -94,10 +93,7 @@ def draw_runs(summary: Summary, width: float) -> Drawing | None:
     middles = []
     for row in summary.methods:
         named = row.method in important(summary)
-        xy = [
-            tuple(run[t][m] for t, m in zip(tasks, metrics, strict=True))
-            for run in row.runs.values()
-        ]
+        xy = [(run[tasks[0]][metrics[0]], run[tasks[1]][metrics[1]]) for run in row.runs.values()]
         for seed, (x, y) in zip(row.runs, xy, strict=True):
             mark = point(axis, row, x, y, named, 26)
             drawing.tip(mark, f"{row.method}, seed {seed}: {x:.4g}, {y:.4g}")
