@@ -23,10 +23,10 @@ from lightning.pytorch import Trainer, seed_everything
 from lightning_mtl import MinNorm
 from lightning_mtl.cli import main
 from lightning_mtl.compare.answer import answer
+from lightning_mtl.compare.cells import console_table
 from lightning_mtl.compare.grid import Run
 from lightning_mtl.compare.progress import Progress
 from lightning_mtl.compare.request import Request
-from lightning_mtl.compare.cells import console_table
 from lightning_mtl.compare.table import summarise
 from tests.compare_model import Points, TwoTasks
 

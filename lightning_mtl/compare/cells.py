@@ -72,7 +72,7 @@ def _magnitude(value: float) -> int:
 def columns(summary: Summary) -> list[Column]:
     """Every column but the names."""
     rows = summary.ordered()
-    return [*_metrics(summary, rows), *_gain(summary, rows), *_cost(rows)]
+    return [*_gain(summary, rows), *_metrics(summary, rows), *_cost(rows)]
 
 
 def _metrics(summary: Summary, rows: Sequence[Row]) -> list[Column]:
@@ -158,7 +158,8 @@ def _ratio(ratio: Ratio | None) -> Cell:
 def _between(interval: tuple[float, float] | None) -> Cell:
     if interval is None or not math.isfinite(interval[1] - interval[0]):
         return Cell(_NONE)
-    return Cell(f"{interval[0]:+.1f}", f"to {interval[1]:+.1f}", interval[0])
+    low, high = (round(end, 1) + 0.0 for end in interval)  # no "-0.0"
+    return Cell(f"{low:+.1f}", f"to {high:+.1f}", interval[0])
 
 
 def _tie(summary: Summary, row: Row) -> str:

@@ -128,10 +128,10 @@ def _table(
     for column in found:
         small = f"<small>{text(column.title[0])}</small>" if len(column.title) > 1 else ""
         order = ' aria-sort="descending"' if column.title == ("Δp %",) else ""
-        titles += (
-            f'<th{order} title="{escape(column.meaning)}"><button>{small}{text(column.title[-1])}'
-            f"</button></th>"
-        )
+        last = text(column.title[-1])
+        for pair in (" ↑", " ↓", " %"):  # never alone on a line
+            last = last.replace(pair, f"&nbsp;{pair[1:]}")
+        titles += f'<th{order} title="{escape(column.meaning)}"><button>{small}{last}</button></th>'
     body = ""
     for i, head in enumerate(heads):
         cells = "".join(_cell(column.cells[i], text) for column in found)

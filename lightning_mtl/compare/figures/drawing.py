@@ -22,7 +22,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FormatStrFormatter, LogLocator, NullLocator
 
 from lightning_mtl.compare.table import Row
-from lightning_mtl.compare.texts import name
+from lightning_mtl.compare.texts import name, visible
 
 INK, MUTED, LINES = "#1b1f23", "#6a737d", "#d5dae0"
 KINDS = {"balancer": "#1f6fb5", "fixed": "#c96a00", "equal": "#138a4b", "single": "#8445b8"}
@@ -122,22 +122,23 @@ class Drawing:
 
 def embedded(svg: str, prefix: str, tips: Mapping[str, str]) -> str:
     """An SVG file as a part of a page: own ids, colours of the page, no size of its own."""
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(
-        r'(<svg [^>]*?)width="[^"]*" height="[^"]*"|(<svg [^>]*?)height="[^"]*" ',
-        r"\1\2",
-        svg,
-        count=1,
-    )
-    svg = re.sub(r'\bid="([^"]*)"', rf'id="{prefix}-\1"', svg)
-    svg = re.sub(r'(xlink:href="|url\()#', rf"\g<1>#{prefix}-", svg)
-    svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", svg)
-    for colour, variable in VARIABLES.items():
-        svg = svg.replace(colour, f"var(--{variable})")
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+
+    def tag(match: re.Match[str]) -> str:  # names, which stand between tags, stay as they are
+        found = match[0]
+        if found.startswith("<svg"):
+            found = re.sub(r' (width|height)="[^"]*"', "", found)
+        found = re.sub(r'\bid="', f'id="{prefix}-', found)
+        found = re.sub(r'(xlink:href="|url\()#', rf"\g<1>#{prefix}-", found)
+        found = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", found)
+        for colour, variable in VARIABLES.items():
+            found = found.replace(colour, f"var(--{variable})")
+        return found
+
+    svg = re.sub(r"<[^>]*>", tag, svg)
     for gid, text in tips.items():
         start = f'id="{prefix}-{gid}">'
-        svg = svg.replace(start, f"{start}<title>{escape(text)}</title>")
+        svg = svg.replace(start, f"{start}<title>{escape(visible(text))}</title>")
     return svg
 
 
