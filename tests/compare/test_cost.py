@@ -7,17 +7,14 @@ from pathlib import Path
 from statistics import median
 
 import pytest
-import torch
 import yaml
-from torch import Tensor, nn
 
-from lightning_mtl import MultiTaskModule
 from lightning_mtl.compare import CompareError
 from lightning_mtl.compare.answer import answer
 from lightning_mtl.compare.cost import Ratio, front
 from lightning_mtl.compare.sheets import models_csv, pareto
 from lightning_mtl.compare.timing import TURNS, time_method
-from tests.compare import made
+from tests import compare_made as made
 from tests.test_compare import CONFIG
 
 
@@ -121,30 +118,8 @@ def test_a_timing_that_is_none_is_refused_with_its_line(tmp_path: Path, field, v
 # ------------------------------------------------------------------------------ measured
 
 
-class Frozen(MultiTaskModule):
-    """A frozen layer, a trunk, a head a task, and a layer that nothing uses; own losses."""
-
-    def __init__(self) -> None:
-        super().__init__(["a", "b"])
-        self.frozen = nn.Linear(6, 5).requires_grad_(False)
-        self.trunk = nn.Linear(5, 4)
-        self.heads = nn.ModuleDict({"a": nn.Linear(4, 3), "b": nn.Linear(4, 1)})
-        self.unused = nn.Linear(100, 100)
-
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        hidden = self.trunk(self.frozen(x))
-        tasks = self.training_tasks
-        return {task: self.heads[task](hidden) for task in tasks}
-
-    def task_losses(self, batch: list) -> dict[str, Tensor]:
-        return {task: out.pow(2).mean() for task, out in self(batch[0]).items()}
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), 0.01)
-
-
 def test_parameters_are_those_that_a_loss_reaches(tmp_path: Path) -> None:
-    config = {**CONFIG, "model": {"class_path": "tests.compare.test_cost.Frozen"}}
+    config = {**CONFIG, "model": {"class_path": "tests.compare_made.Frozen"}}
     path = tmp_path / "C.yaml"
     path.write_text(yaml.safe_dump(config))
     found = time_method(str(path), 0, "equal", [], ["a", "b"])

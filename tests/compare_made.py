@@ -1,4 +1,4 @@
-"""Comparisons that were never run: records in the documented format."""
+"""Comparisons that were never run, as records in the documented format; a model to be counted."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ import random
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor, nn
+
+from lightning_mtl import MultiTaskModule
 from lightning_mtl.compare.again import read
 from lightning_mtl.compare.table import Summary
 
@@ -80,3 +84,25 @@ def write(folder: Path, found: list) -> Path:
 def summary(folder: Path, found: list) -> Summary:
     about, records, _ = read(write(folder, found))
     return about.summary(records, {}, None)
+
+
+class Frozen(MultiTaskModule):
+    """A frozen layer, a trunk, a head a task, and a layer that nothing uses; own losses."""
+
+    def __init__(self) -> None:
+        super().__init__(["a", "b"])
+        self.frozen = nn.Linear(6, 5).requires_grad_(False)
+        self.trunk = nn.Linear(5, 4)
+        self.heads = nn.ModuleDict({"a": nn.Linear(4, 3), "b": nn.Linear(4, 1)})
+        self.unused = nn.Linear(100, 100)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        hidden = self.trunk(self.frozen(x))
+        tasks = self.training_tasks
+        return {task: self.heads[task](hidden) for task in tasks}
+
+    def task_losses(self, batch: list) -> dict[str, Tensor]:
+        return {task: out.pow(2).mean() for task, out in self(batch[0]).items()}
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 0.01)
