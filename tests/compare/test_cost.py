@@ -14,8 +14,8 @@ from lightning_mtl.compare.answer import answer
 from lightning_mtl.compare.cost import Ratio, front
 from lightning_mtl.compare.sheets import models_csv, pareto
 from lightning_mtl.compare.timing import TURNS, time_method
-from tests import compare_made as made
-from tests.test_compare import CONFIG
+from tests.compare import made
+from tests.compare.test_compare import CONFIG
 
 
 def test_milliseconds_and_ratios_order_rows_alike(tmp_path: Path) -> None:
@@ -119,7 +119,7 @@ def test_a_timing_that_is_none_is_refused_with_its_line(tmp_path: Path, field, v
 
 
 def test_parameters_are_those_that_a_loss_reaches(tmp_path: Path) -> None:
-    config = {**CONFIG, "model": {"class_path": "tests.compare_made.Frozen"}}
+    config = {**CONFIG, "model": {"class_path": "tests.compare.made.Frozen"}}
     path = tmp_path / "C.yaml"
     path.write_text(yaml.safe_dump(config))
     found = time_method(str(path), 0, "equal", [], ["a", "b"])

@@ -14,7 +14,7 @@ from lightning_mtl.cli import main
 from lightning_mtl.compare.cells import columns, decimals
 from lightning_mtl.compare.report import report_html
 from lightning_mtl.compare.table import Spread
-from tests import compare_made as made
+from tests.compare import made
 
 _ROW = re.compile(r'<tr class="(\w+ ?\w*)"><td data-v="([^"]*)">(.*?)</td>')
 

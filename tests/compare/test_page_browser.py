@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from lightning_mtl.cli import main
-from tests import compare_made as made
+from tests.compare import made
 
 pytestmark = pytest.mark.slow
 
