@@ -118,6 +118,7 @@ def test_a_timing_that_is_none_is_refused_with_its_line(tmp_path: Path, field, v
 # ------------------------------------------------------------------------------ measured
 
 
+@pytest.mark.filterwarnings("ignore")  # advice of Lightning's, which a run prints into its log
 def test_parameters_are_those_that_a_loss_reaches(tmp_path: Path) -> None:
     config = {**CONFIG, "model": {"class_path": "tests.compare.made.Frozen"}}
     path = tmp_path / "C.yaml"

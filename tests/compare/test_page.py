@@ -11,8 +11,11 @@ from pathlib import Path
 import pytest
 
 from lightning_mtl.cli import main
+from lightning_mtl.compare.again import read
 from lightning_mtl.compare.cells import columns, decimals
+from lightning_mtl.compare.confirm import Plan
 from lightning_mtl.compare.report import report_html
+from lightning_mtl.compare.sheets import confirm_csv
 from lightning_mtl.compare.table import Spread
 from tests.compare import made
 
@@ -106,22 +109,20 @@ def test_a_folder_without_about_json(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "Gain against time" not in page  # no record says how many steps a run had
 
 
-def test_the_files_of_a_confirmation(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_the_table_of_a_confirmation(tmp_path: Path) -> None:
     found = made.lines(4)
     fresh = [
         {**record, "seed": 10_000 + record["seed"]}
         for record in found
         if record.get("method") not in (None, "single-task") and "metrics" in record
     ]
-    made.write(tmp_path, [*found, *fresh])
-    plan = {"format": 1, "balancer": "Balancer0", "rivals": ["equal", "x10"], "screening": 3}
-    plan |= {"seeds": 3, "margin": 1.0, "alpha": 0.05, "rule": "t", "best": "Balancer0"}
-    (tmp_path / "confirm.json").write_text(json.dumps(plan))
-    report(tmp_path, capsys)
-    with (tmp_path / "confirm.csv").open() as file:
-        rows = list(csv.DictReader(file))
+    about, records, _ = read(made.write(tmp_path, [*found, *fresh]))
+    rivals = ["equal", "x10"]
+    plan = Plan("Balancer0", rivals, 3, 3, margin=1.0, alpha=0.05, rule="t", best="Balancer0")
+    summary = about.summary(records, {}, plan)
+    rows = list(csv.DictReader(confirm_csv(summary).splitlines()))
     assert [row["method"] for row in rows] == ["Balancer0", "equal", "x10"]
     assert {row["seeds"] for row in rows} == {"3"}
     means = [r["metrics"]["task 0"]["metric 0"] for r in fresh if r["method"] == "equal"]
     assert float(rows[1]["task 0/metric 0 mean"]) == pytest.approx(sum(means) / 3)
-    assert "Confirmed on 3 fresh seeds" in (tmp_path / "report.html").read_text()
+    assert "Confirmed on 3 fresh seeds" in report_html(summary, [], {}, [])
