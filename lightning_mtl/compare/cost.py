@@ -173,6 +173,8 @@ def timing_fault(record: Mapping[str, Any]) -> str | None:
         if not _numbers(record.get(name, [])):
             return f"`{name}` that is no list of numbers above 0"
     models = record.get("models")
+    if not isinstance(record.get("models_error", ""), str):
+        return "`models_error` that is no text"
     if models is None:
         return None
     try:

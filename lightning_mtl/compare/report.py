@@ -170,6 +170,8 @@ def _fresh(summary: Summary, text: _Text) -> str:
 def _models(summary: Summary, text: _Text) -> str:
     """One model beside a model per task."""
     models = summary.models
+    if models is None and summary.no_models:
+        return f"<h2>One model, or one per task</h2><p>Not measured: {text(summary.no_models)}</p>"
     if models is None:
         return ""
     heads, found, says = models_columns(models)

@@ -91,6 +91,7 @@ class Summary:
         rows: single-task first, then every method in its order.
         curves: recorded task gradients by method, a list of points for each seed.
         models: one multi-task model beside a model per task, if that was measured.
+        no_models: why it was not, if it was tried.
         noise: equal weighting beside itself: how far from 1 a ratio is by chance.
         no_delta_p: why there is no Δp, if there is none.
         unmeasured: tasks without a metric, which Δp says nothing about.
@@ -105,6 +106,7 @@ class Summary:
     rows: list[Row]
     curves: Mapping[str, Curves]
     models: Models | None = None
+    no_models: str | None = None
     noise: Ratio | None = None
     no_delta_p: str | None = None
     unmeasured: Sequence[str] = ()
@@ -219,6 +221,7 @@ def _add_cost(summary: Summary, timings: Mapping[str, Record]) -> None:
         return
     if timings[equal].get("equal_turns_ms"):
         summary.noise = step_ratio(timings[equal])
+    summary.no_models = timings[equal].get("models_error")
     if timings[equal].get("models"):
         models = summary.models = Models.of(timings[equal]["models"])
         steps: dict[str | None, float] = {

@@ -106,6 +106,7 @@ def test_records_of_before_are_still_read(tmp_path: Path) -> None:
         ("models", {"joint": {}}),
         ("models", {"joint": {"parameters": 1.5}, "single": {}}),
         ("models", []),
+        ("models_error", 3),
     ],
 )
 def test_a_timing_that_is_none_is_refused_with_its_line(tmp_path: Path, field, value) -> None:
