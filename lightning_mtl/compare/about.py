@@ -10,7 +10,7 @@ from typing import Any
 
 from lightning_mtl.compare.confirm import Plan
 from lightning_mtl.compare.folder import write
-from lightning_mtl.compare.table import Summary, summarise
+from lightning_mtl.compare.table import Curves, Summary, summarise
 
 FILE = "about.json"
 _FORMAT = 1
@@ -75,7 +75,7 @@ class About:
     def summary(
         self,
         records: Sequence[Mapping[str, Any]],
-        curves: Mapping[str, list[dict[str, Any]]],
+        curves: Mapping[str, Curves],
         plan: Plan | None,
     ) -> Summary:
         """The comparison in numbers."""

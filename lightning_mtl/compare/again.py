@@ -83,7 +83,7 @@ def _report(folder: Path, out: Path, margin: float | None) -> None:
 
 def _shown(
     folder: Path, about: About, records: list[Record], plan: Plan | None, notes: list[str]
-) -> tuple[list[Record], dict[str, list[Record]]]:
+) -> tuple[list[Record], dict[str, list[list[Record]]]]:
     """The runs that are asked for, and the curves that are there."""
     seeds = math.inf if about.seeds is None else about.seeds
     shown = [record for record in records if record["seed"] < min(seeds, FIRST_FRESH)]
@@ -91,15 +91,18 @@ def _shown(
         chosen = {plan.balancer, *plan.rivals}
         last = FIRST_FRESH + plan.seeds
         shown += [r for r in records if FIRST_FRESH <= r["seed"] < last and r["method"] in chosen]
-    curves = {}
+    curves: dict[str, list[list[Record]]] = {}
     for record in shown:
         path = folder / "curves" / f"{record['run']}.jsonl"
         if record["status"] == "finished" and path.exists():
             try:
-                curves[record["method"]] = read_points(path)
+                points = read_points(path)
             except (OSError, ValueError) as error:
                 notes.append(f"{path} cannot be read and is not drawn: {error}")
-    return shown, {method: points for method, points in curves.items() if points}
+                continue
+            if points:
+                curves.setdefault(record["method"], []).append(points)
+    return shown, curves
 
 
 def read(folder: Path) -> tuple[About, list[Record], list[str]]:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from lightning_mtl.compare.cells import models_columns
 from lightning_mtl.compare.grid import SINGLE
 from lightning_mtl.compare.table import Row, Summary
 from lightning_mtl.compare.texts import name
@@ -234,12 +235,29 @@ def _cost(summary: Summary, judgement: Judgement, equal: Row) -> list[str]:
     if row.step_ratio is None:
         return []
     memory = "" if row.peak_mb is None else f" (peak memory {_memory(row, equal)})"
-    return [
+    sentences = [
         (
-            f"Cost: {name(row.method)} takes {row.step_ratio:.2f} times as long a step as equal "
-            f"weighting{memory}."
+            f"Cost: {name(row.method)} takes {row.step_ratio.text()} times as long a step as equal "
+            f"weighting{memory}.{_training(summary, row, equal)}"
         )
     ]
+    if summary.models is not None:
+        sentences.append(models_columns(summary.models)[2])
+    return sentences
+
+
+def _training(summary: Summary, row: Row, equal: Row) -> str:
+    """Device-seconds of a whole training, where the steps of the runs are known."""
+    if row.device_seconds is None:
+        return ""
+    others = []
+    if equal.device_seconds is not None:
+        others.append(f"{equal.device_seconds.mean:.3g} with equal weighting")
+    if summary.single.device_seconds is not None:
+        models = _count(len(summary.directions), "single-task model")
+        others.append(f"{summary.single.device_seconds.mean:.3g} for {models}")
+    beside = f"; {', '.join(others)}" if others else ""
+    return f" A training takes {row.device_seconds.mean:.3g} device-seconds{beside}."
 
 
 def _ranking(summary: Summary, judgement: Judgement) -> list[str]:

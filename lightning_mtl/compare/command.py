@@ -8,7 +8,7 @@ import platform
 import shlex
 import signal
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from lightning_mtl.compare.progress import Progress, duration
 from lightning_mtl.compare.request import Request
 from lightning_mtl.compare.results import Results
 from lightning_mtl.compare.stopping import Stopped, deaf, stoppable, undisturbed
-from lightning_mtl.compare.table import Row, Summary, summarise
+from lightning_mtl.compare.table import Row
 from lightning_mtl.compare.texts import complain, name, one_line, say, visible
 from lightning_mtl.version import __version__
 
@@ -235,7 +235,7 @@ def _fix(request: Request, results: Results, options: argparse.Namespace) -> Pla
     from lightning_mtl.compare.judge import ALPHA, MARGIN, PAIRED
 
     shown = _grid(request, options)
-    summary = _summary(results.of(shown), request, {})
+    summary = _about(request, results, options, "").summary(results.of(shown), {}, None)
     judgement = summary.judgement
     seeds = set(range(options.seeds))
     whole = [row for row in summary.methods if row.scores.keys() >= seeds]
@@ -288,14 +288,6 @@ def _about(request: Request, results: Results, options: argparse.Namespace, comm
         texts=dict(request.texts),
         facts=_facts(options, command),
     )
-
-
-def _summary(
-    records: Sequence[Mapping[str, Any]], request: Request, curves: Mapping[str, Any]
-) -> Summary:
-    known = {*request.chosen, *(record["method"] for record in records)}
-    kinds = {name: kind for name, kind in request.kinds.items() if name in known}
-    return summarise(records, request.directions, kinds, curves, request.unmeasured)
 
 
 def _report(

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import gc
+import statistics
 import time
+from collections.abc import Sequence
 from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
 
 _MB = 1024.0**2
 
@@ -66,11 +69,14 @@ class StepTimer(Callback):
         warm_up: steps before the first that counts.
         least: steps that count at least.
         seconds: how long to measure at least, so that a moment of other load is outvoted.
+
+    Attributes:
+        most: steps of a training that ends it in any case.
     """
 
     most = 2000
 
-    def __init__(self, warm_up: int = 10, least: int = 30, seconds: float = 0.2) -> None:
+    def __init__(self, warm_up: int = 10, least: int = 30, seconds: float = 0.1) -> None:
         self.warm_up = warm_up
         self.least = least
         self.seconds = seconds
@@ -80,9 +86,7 @@ class StepTimer(Callback):
         """Note the end of an optimiser step."""
         if trainer.global_step <= len(self._ends):
             return
-        if pl_module.device.type == "cuda":
-            torch.cuda.synchronize()
-        self._ends.append((trainer.current_epoch, time.perf_counter()))
+        self._ends.append((trainer.current_epoch, _now(pl_module)))
         measured = self._ends[self.warm_up :]
         if len(measured) > self.least and measured[-1][1] - measured[0][1] >= self.seconds:
             trainer.should_stop = True
@@ -106,6 +110,110 @@ class StepTimer(Callback):
                 f"Expected at least 2 optimiser steps to time but found {len(ends)}."
             )
         return steps
+
+
+class ModelRecorder(Callback):
+    """Parameters and evaluation time of the model of a training, taken when the training ends.
+
+    Args:
+        count: count the parameters, too.
+
+    Attributes:
+        parameters: how many numbers the gradient of a task's loss reaches, on one batch of each set
+            of tasks that was met; those that are frozen are counted, those of heads that do not
+            train are not.
+        forward_ms: median milliseconds of a forward pass in evaluation mode without gradients;
+            ``None`` where batches are of one task each, since no batch then asks for all.
+        timed: ``forward``, or ``losses`` where ``task_losses`` does not call the module itself, and
+            the whole of it had to be timed.
+    """
+
+    least = 5  # forward passes
+    seconds = 0.03
+
+    def __init__(self, count: bool) -> None:
+        self.count = count
+        self.parameters: int | None = None
+        self.forward_ms: float | None = None
+        self.timed = ""
+        self._batches: dict[tuple[str, ...], Any] = {}
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Keep a batch of every set of tasks."""
+        record: Any = pl_module.last_step
+        if record is not None:
+            self._batches.setdefault(tuple(record.tasks), batch)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Count and time."""
+        if not self._batches:
+            return
+        training = pl_module.training
+        pl_module.eval()
+        with trainer.precision_plugin.forward_context():
+            if self.count:
+                self.parameters = _reached(pl_module, list(self._batches.values()))
+            if len(self._batches) == 1:
+                with torch.no_grad():
+                    self._time(pl_module, next(iter(self._batches.values())))
+        pl_module.train(training)
+        self._batches.clear()
+
+    def _time(self, module: LightningModule, batch: Any) -> None:
+        calls: list[tuple[Any, Any]] = []
+        with module.register_forward_pre_hook(
+            lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True
+        ):
+            _losses(module, batch)
+        self.timed = "forward" if len(calls) == 1 else "losses"
+        took: list[float] = []
+        while len(took) < self.least or sum(took) < self.seconds:
+            started = _now(module)
+            if len(calls) == 1:
+                module(*calls[0][0], **calls[0][1])
+            else:
+                _losses(module, batch)
+            took.append(_now(module) - started)
+        self.forward_ms = 1000 * statistics.median(took)
+
+
+def _losses(module: Any, batch: Any) -> dict[str, Tensor]:
+    """The losses that train, by task."""
+    found = {}
+    for task, loss in module.task_losses(batch, 0).items():
+        loss = loss[0] if isinstance(loss, tuple) else loss
+        if loss is not None and task in module.training_tasks:
+            found[task] = loss
+    return found
+
+
+def _reached(module: LightningModule, batches: Sequence[Any]) -> int:
+    """Numbers in the parameters that a loss depends on."""
+    parameters = [p for p in module.parameters() if p.is_floating_point() or p.is_complex()]
+    frozen = [p for p in parameters if not p.requires_grad]
+    reached: set[int] = set()
+    try:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        # cuDNN has no backward pass of recurrent layers in evaluation mode
+        with torch.enable_grad(), torch.backends.cudnn.flags(enabled=False):
+            for batch in batches:
+                losses = [loss.sum() for loss in _losses(module, batch).values()]
+                ones = [torch.ones_like(loss) for loss in losses]
+                found = torch.autograd.grad(losses, parameters, ones, allow_unused=True)
+                reached |= {i for i, grad in enumerate(found) if grad is not None}
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+    return sum(parameters[i].numel() for i in reached)
+
+
+def _now(module: LightningModule) -> float:
+    if module.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 class PeakMemory(Callback):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_mtl.compare import CompareError
+from lightning_mtl.compare.cost import timing_fault
 from lightning_mtl.compare.folder import append, as_bytes, flatten, write
 from lightning_mtl.compare.grid import Run
 from lightning_mtl.compare.texts import shortened
@@ -97,20 +98,23 @@ class Results:
         """The records of ``runs``, in their order."""
         return [self.records[run] for run in runs if run in self.records]
 
-    def curves(self, runs: Iterable[Run]) -> dict[str, list[dict[str, Any]]]:
-        """Recorded task gradients of finished ``runs``, by method.
+    def curves(self, runs: Iterable[Run]) -> dict[str, list[list[dict[str, Any]]]]:
+        """Recorded task gradients of finished ``runs``, by method, a list of points for each run.
 
         They are only drawn: a file that cannot be read costs a picture, and a note says so.
         """
-        found: dict[str, list[dict[str, Any]]] = {}
+        found: dict[str, list[list[dict[str, Any]]]] = {}
         for run in runs:
             path = self._curves(self.records.get(run, {"run": ""}))
             if run in self.records and path.exists():
                 try:
-                    found[run.method] = read_points(path)
+                    points = read_points(path)
                 except (OSError, ValueError) as error:
                     self.notes.append(f"{path} cannot be read and is not drawn: {error}")
-        return {method: points for method, points in found.items() if points}
+                    continue
+                if points:
+                    found.setdefault(run.method, []).append(points)
+        return found
 
     def _curves(self, record: dict[str, Any]) -> Path:
         return self.path.with_name("curves") / f"{record['run']}.jsonl"
@@ -144,7 +148,7 @@ def record_fault(record: Any, directions: Mapping[str, Mapping[str, bool]]) -> s
             return f"the metrics {sorted(found)} instead of {sorted(expected)}"
         bad = [f"{name} {value!r}" for name, value in found.items() if not _finite(value)]
         return f"{', '.join(bad)} instead of a finite number" if bad else None
-    return None
+    return timing_fault(record) if status == "finished" and kind == "timing" else None
 
 
 def _finite(value: Any) -> bool:

@@ -1,19 +1,16 @@
-"""From the records of runs to table, ``summary.csv`` and ``baseline.json``."""
+"""From the records of runs to a row a method: means over seeds, Δp, cost, judgement."""
 
 from __future__ import annotations
 
-import csv
-import io
-import json
-import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from lightning_mtl.compare.cost import Models, Ratio, device_seconds, equal_ms, step_ratio
 from lightning_mtl.compare.grid import FIRST_FRESH, SINGLE
-from lightning_mtl.compare.texts import name, one_line
-from lightning_mtl.metrics.delta_p import FORMAT, delta_p
+from lightning_mtl.compare.texts import name
+from lightning_mtl.metrics.delta_p import delta_p
 
 if TYPE_CHECKING:
     from lightning_mtl.compare.confirm import Plan
@@ -21,6 +18,7 @@ if TYPE_CHECKING:
 
 Record = Mapping[str, Any]
 Directions = Mapping[str, Mapping[str, bool]]
+Curves = list[list[dict[str, Any]]]
 
 
 class Spread(NamedTuple):
@@ -56,11 +54,14 @@ class Row:
         metrics: of every task over seeds.
         delta_p: mean over tasks, over seeds; ``None`` when it is not defined.
         task_delta_p: by task, over seeds.
-        step_ms: median time of an optimiser step.
-        step_ratio: that time by the time of equal weighting in the same process.
+        step_ms: time of an optimiser step: that of equal weighting, one for all rows, by the ratio.
+        step_ratio: time of a step by that of equal weighting, taken in turns with it.
         peak_mb: peak memory above what the process held before.
+        device_seconds: of a training, over seeds: its optimiser steps by the time of a step; of
+            the single-task models together. Without evaluation.
         errors: what went wrong, by run.
         runs: metrics of each finished run, by seed.
+        lengths: optimiser steps of each finished run, by seed, with its task if it has one only.
         scores: Δp of each finished run, by seed.
         baseline: what each seed of the single-task runs does to this Δp, see :func:`_baseline`.
     """
@@ -71,10 +72,12 @@ class Row:
     delta_p: Spread | None = None
     task_delta_p: dict[str, Spread] = field(default_factory=dict)
     step_ms: float | None = None
-    step_ratio: float | None = None
+    step_ratio: Ratio | None = None
     peak_mb: float | None = None
+    device_seconds: Spread | None = None
     errors: dict[str, str] = field(default_factory=dict)
     runs: dict[int, dict[str, dict[str, float]]] = field(default_factory=dict)
+    lengths: dict[int, list[tuple[str | None, int]]] = field(default_factory=dict)
     scores: dict[int, float] = field(default_factory=dict)
     baseline: list[float] = field(default_factory=list)
 
@@ -86,7 +89,10 @@ class Summary:
     Attributes:
         directions: ``{task: {metric: higher is better}}``.
         rows: single-task first, then every method in its order.
-        curves: recorded task gradients by method.
+        curves: recorded task gradients by method, a list of points for each seed.
+        models: one multi-task model beside a model per task, if that was measured.
+        no_models: why it was not, if it was tried.
+        noise: equal weighting beside itself: how far from 1 a ratio is by chance.
         no_delta_p: why there is no Δp, if there is none.
         unmeasured: tasks without a metric, which Δp says nothing about.
         judgement: what can be said of the methods; ``None`` without Δp.
@@ -98,7 +104,10 @@ class Summary:
 
     directions: Directions
     rows: list[Row]
-    curves: dict[str, list[dict[str, Any]]]
+    curves: Mapping[str, Curves]
+    models: Models | None = None
+    no_models: str | None = None
+    noise: Ratio | None = None
     no_delta_p: str | None = None
     unmeasured: Sequence[str] = ()
     judgement: Judgement | None = None
@@ -117,6 +126,25 @@ class Summary:
         """Every multi-task method."""
         return self.rows[1:]
 
+    def ordered(self) -> list[Row]:
+        """All rows from the highest Δp down, single-task at its 0; those without Δp last."""
+
+        def place(row: Row) -> float:
+            if row.kind == "single" and not self.no_delta_p:
+                return 0.0
+            return float("inf") if row.delta_p is None else -row.delta_p.mean
+
+        return sorted(self.rows, key=place)
+
+    def mark(self, row: Row) -> str:
+        """``best`` for the highest mean Δp of the methods, ``tie`` for one that may be the best."""
+        judged = None if self.judgement is None else self.judgement.judged
+        scored = [r for r in self.methods if r.delta_p and (not judged or r.method in judged)]
+        if scored and row is max(scored, key=lambda r: r.delta_p.mean if r.delta_p else 0.0):
+            return "best"
+        ties = () if self.judgement is None else self.judgement.ties
+        return "tie" if row.kind != "single" and row.method in ties else ""
+
     def scope(self) -> str | None:
         """Which tasks Δp is about, where it is not about all."""
         if not self.unmeasured:
@@ -131,7 +159,7 @@ def summarise(
     records: Iterable[Record],
     directions: Directions,
     kinds: Mapping[str, str],
-    curves: Mapping[str, list[dict[str, Any]]],
+    curves: Mapping[str, Curves],
     unmeasured: Sequence[str] = (),
     margin: float | None = None,
     plan: Plan | None = None,
@@ -142,7 +170,7 @@ def summarise(
         records: what the runs gave, failed ones too.
         directions: ``{task: {metric: higher is better}}``.
         kinds: ``{method: equal, fixed or balancer}``, in the order of the table.
-        curves: recorded task gradients by method.
+        curves: recorded task gradients by method, a list of points for each seed.
         unmeasured: tasks without a metric.
         margin: the smallest difference that matters, in points of Δp.
         plan: of the confirmation, whose runs are among the records.
@@ -151,25 +179,57 @@ def summarise(
     rows = {SINGLE: Row(SINGLE, "single")} | {
         method: Row(method, kind) for method, kind in kinds.items()
     }
+    timings = {}
     for record in records:
         among = rows if record["seed"] < FIRST_FRESH else fresh
         row = among[record["method"]]
         if record["status"] == "failed":
             row.errors[record["run"]] = record["error"]
         elif record["kind"] == "timing":
-            row.step_ms, row.peak_mb = record["step_ms"], record["peak_mb"]
-            row.step_ratio = 1.0 if row.kind == "equal" else record["step_ratio"]
+            timings[row.method] = record
         elif record["kind"] == "train":
             row.runs.setdefault(record["seed"], {}).update(record["metrics"])
+            if isinstance(record.get("steps"), int):  # another tool may give none
+                length = (record.get("task"), record["steps"])
+                row.lengths.setdefault(record["seed"], []).append(length)
     for row in (*rows.values(), *fresh.values()):
         row.metrics = _metrics(row, directions)
     drawn = {method: curves[method] for method in rows if method in curves}
     summary = Summary(directions, list(rows.values()), drawn, unmeasured=unmeasured)
     summary.plan, summary.fresh = plan, list(fresh.values())
+    _add_cost(summary, timings)
     _add_delta_p(summary)
     if not summary.no_delta_p:
         _judge(summary, margin)
     return summary
+
+
+def _add_cost(summary: Summary, timings: Mapping[str, Record]) -> None:
+    """Milliseconds are those of equal weighting by each ratio, so that both order rows alike."""
+    equal = next((row.method for row in summary.methods if row.kind == "equal"), "")
+    milliseconds = equal_ms(timings, equal)
+    if milliseconds is None:
+        return
+    for row in summary.methods:
+        if row.method in timings:
+            record = timings[row.method]
+            row.peak_mb = record["peak_mb"]
+            row.step_ratio = Ratio(1.0) if row.method == equal else step_ratio(record)
+            row.step_ms = milliseconds * row.step_ratio.value
+            row.device_seconds = Spread.of(device_seconds(row.lengths, {None: row.step_ms}))
+    if equal not in timings:
+        return
+    if timings[equal].get("equal_turns_ms"):
+        summary.noise = step_ratio(timings[equal])
+    summary.no_models = timings[equal].get("models_error")
+    if timings[equal].get("models"):
+        models = summary.models = Models.of(timings[equal]["models"])
+        steps: dict[str | None, float] = {
+            task: one.step.value * milliseconds for task, one in models.single.items() if one.step
+        }
+        if steps.keys() >= summary.directions.keys():
+            single = summary.single
+            single.device_seconds = Spread.of(device_seconds(single.lengths, steps))
 
 
 def _judge(summary: Summary, margin: float | None) -> None:
@@ -252,139 +312,3 @@ def _baseline(summary: Summary, row: Row) -> list[float]:
         moved.append(100 * statistics.fmean(by_task))
     middle = statistics.fmean(moved) if moved else 0.0  # not 0 where a task has a seed more
     return [value - middle for value in moved]
-
-
-def baseline_json(summary: Summary) -> str:
-    """The single-task averages, as ``MultiTaskModule(baseline=...)`` takes them."""
-    tasks = {
-        task: {
-            metric: {
-                "value": spread.mean,
-                "higher_is_better": summary.directions[task][metric],
-            }
-            for metric, spread in metrics.items()
-        }
-        for task, metrics in summary.single.metrics.items()
-    }
-    return json.dumps({"format": FORMAT, "tasks": tasks}, indent=1, ensure_ascii=False) + "\n"
-
-
-def summary_csv(summary: Summary) -> str:
-    """A line a method, with means and standard deviations in columns of their own."""
-    lines = []
-    for row in summary.rows:
-        # pairs: names may be such that two columns are called the same
-        line: list[tuple[str, Any]] = [
-            ("method", row.method),
-            ("kind", row.kind),
-            ("seeds", len(row.runs)),
-        ]
-        for task, metrics in summary.directions.items():
-            for metric in metrics:
-                _add(
-                    line,
-                    f"{task}/{metric}",
-                    row.metrics.get(task, {}).get(metric),
-                )
-        _add(line, "delta_p", row.delta_p)
-        for task in summary.directions:
-            _add(line, f"delta_p/{task}", row.task_delta_p.get(task))
-        for column, (low, high) in _intervals(summary, row).items():
-            line += [(f"{column} low", low), (f"{column} high", high)]
-        line.append(("may be best", _tie(summary, row)))
-        line += [("step_ms", row.step_ms), ("step_ratio", row.step_ratio), ("peak_mb", row.peak_mb)]
-        line.append(("failed", "; ".join(row.errors)))
-        lines.append(line)
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([column for column, _ in lines[0]])
-    writer.writerows([value for _, value in line] for line in lines)
-    return text.getvalue()
-
-
-def _add(line: list[tuple[str, Any]], column: str, spread: Spread | None) -> None:
-    line.append((f"{column} mean", None if spread is None else spread.mean))
-    line.append((f"{column} std", None if spread is None else spread.std))
-
-
-def _intervals(summary: Summary, row: Row) -> dict[str, tuple[float | None, float | None]]:
-    """Of Δp and of the difference to equal weighting, 95 % for all rows together."""
-    found = summary.judgement
-    none = (None, None)
-    return {
-        "delta_p": none if found is None else found.delta_p.get(row.method, none),
-        "beside_equal": none if found is None else found.beside_equal.get(row.method, none),
-    }
-
-
-def _tie(summary: Summary, row: Row) -> str:
-    found = summary.judgement
-    if found is None or not found.ties or row.method not in found.judged or row.kind == "single":
-        return ""
-    return "yes" if row.method in found.ties else "no"
-
-
-def _between(interval: tuple[float | None, float | None]) -> str:
-    low, high = interval
-    if low is None or high is None or not math.isfinite(high - low):
-        return "–"
-    return f"{low:+.1f} to {high:+.1f}"
-
-
-def cells(summary: Summary) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the table, as text."""
-    columns = [(task, metric) for task, metrics in summary.directions.items() for metric in metrics]
-    header = ["method"]
-    header += [
-        f"{name(f'{task} {metric}')} {'↑' if summary.directions[task][metric] else '↓'}"
-        for task, metric in columns
-    ]
-    header += [
-        "Δp %",
-        "Δp, 95 %",
-        "beside equal, 95 %",
-        "may be best",
-        "step ms",
-        "× equal",
-        "peak MB",
-    ]
-    body = []
-    for row in summary.rows:
-        spreads = [row.metrics.get(task, {}).get(metric) for task, metric in columns]
-        line = [name(row.method)] + ["–" if s is None else s.text(".4g", ".2g") for s in spreads]
-        line.append("0 (by definition)" if row.kind == "single" else "–")
-        if row.delta_p is not None:
-            line[-1] = row.delta_p.text("+.2f", ".2f")
-        line += map(_between, _intervals(summary, row).values())
-        line.append(_tie(summary, row) or "–")
-        line.append("–" if row.step_ms is None else f"{row.step_ms:.2f}")
-        line.append("–" if row.step_ratio is None else f"{row.step_ratio:.2f}")
-        line.append("–" if row.peak_mb is None else f"{row.peak_mb:.1f}")
-        if row.errors:
-            line[0] += f" ({len(row.errors)} FAILED)"
-        body.append(line)
-    return header, body
-
-
-def console_table(summary: Summary) -> str:
-    """The table for a terminal, with failures below it."""
-    header, body = cells(summary)
-    widths = [max(len(line[i]) for line in [header, *body]) for i in range(len(header))]
-    lines = [_aligned(header, widths), "  ".join("-" * width for width in widths)]
-    lines += [_aligned(line, widths) for line in body]
-    lines += [
-        f"FAILED {run}: {one_line(error)}"
-        for row in (*summary.rows, *summary.fresh)
-        for run, error in row.errors.items()
-    ]
-    lines += [f"No Δp: {summary.no_delta_p}."] if summary.no_delta_p else []
-    lines += [scope] if (scope := summary.scope()) else []
-    return "\n".join(lines)
-
-
-def _aligned(line: Sequence[str], widths: Sequence[int]) -> str:
-    first, *others = (
-        text.ljust(w) if i == 0 else text.rjust(w)
-        for i, (text, w) in enumerate(zip(line, widths, strict=True))
-    )
-    return "  ".join([first, *others]).rstrip()

@@ -6,7 +6,6 @@ import ctypes
 import math
 import os
 import signal
-import statistics
 import sys
 import threading
 import time
@@ -27,13 +26,14 @@ from lightning_mtl.compare import CompareError
 from lightning_mtl.compare.build import RunCLI, callbacks_from
 from lightning_mtl.compare.folder import file_hash, leave_locks
 from lightning_mtl.compare.grid import Run
-from lightning_mtl.compare.recorders import CurveRecorder, PeakMemory, StepTimer
+from lightning_mtl.compare.recorders import CurveRecorder
 from lightning_mtl.compare.stopping import left_to_parent
 from lightning_mtl.compare.texts import error_text
+from lightning_mtl.compare.timing import time_method
 from lightning_mtl.parsing import use_current_directory
 
 _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
-_TURNS = 5  # an odd number: the median is then one of them
+_RECORDED = 3  # seeds whose task gradients are kept, for a band; a file grows with tasks squared
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,11 @@ def work(run: Run, job: Job, connection: Connection) -> None:
     try:
         _print_to(job.logs / f"{run.name}.log")
         _check_config(job)
-        found = (_time if run.kind == "timing" else _train)(run, job)
+        if run.kind == "timing":
+            specs = job.methods[run.method]
+            found = time_method(job.config, run.seed, run.method, specs, list(job.metrics))
+        else:
+            found = _train(run, job)
         _check_config(job)  # it may have changed while the run read it
         record.update(status="finished", **found)
     except BaseException as error:  # a user's SystemExit too
@@ -123,12 +127,12 @@ def _wait_for(sentinel: Any) -> None:
 
 
 def _train(run: Run, job: Job) -> dict[str, Any]:
-    """Train and evaluate: metrics, and curves for seed 0."""
+    """Train and evaluate: metrics, and curves for the first seeds."""
     callbacks = callbacks_from(run.method, job.methods.get(run.method, []))
     recorder = None
     # Asking for task gradients would change the rounding of methods that take one backward pass:
     # they are recorded where they exist anyway, and for equal weighting in a run of its own.
-    if run.kind == "curves" or (run.seed == 0 and _collects_gradients(callbacks)):
+    if run.kind == "curves" or (run.seed < _RECORDED and _collects_gradients(callbacks)):
         recorder = CurveRecorder()
         callbacks.append(recorder)
     cli = RunCLI(job.config, run.seed, callbacks)
@@ -175,38 +179,3 @@ def _metrics(run: Run, job: Job, logged: Mapping[str, Any]) -> dict[str, dict[st
                 )
             found[task][metric] = value
     return found
-
-
-def _time(run: Run, job: Job) -> dict[str, Any]:
-    """Short trainings for the time of a step and the peak of memory.
-
-    The method and equal weighting take turns in this process, so that a machine that is slower for
-    a while slows both: their ratio means more than either time.
-    """
-    memory = PeakMemory()
-    specs = job.methods[run.method]
-    steps, ratios = [], []
-    for turn in range(_TURNS):
-        steps.append(_step(run, job, specs, *([memory] if turn == 0 else [])))
-        ratios.append(steps[-1] / _step(run, job, []))
-    return {
-        "step_ms": round(1000 * statistics.median(steps), 4),
-        "step_ratio": round(statistics.median(ratios), 4),
-        "peak_mb": memory.peak_mb,
-    }
-
-
-def _step(run: Run, job: Job, specs: Sequence[Mapping[str, Any]], *more: Callback) -> float:
-    """Median seconds of an optimiser step of a short training."""
-    timer = StepTimer()
-    callbacks = [*callbacks_from(run.method, specs), *more, timer]
-    short = {
-        "max_steps": timer.most,
-        "max_epochs": -1,
-        "min_epochs": None,
-        "min_steps": None,
-        "limit_val_batches": 1,
-    }
-    cli = RunCLI(job.config, run.seed, callbacks, short, may_stop_early=False)
-    cli.trainer.fit(cli.model, datamodule=cli.datamodule)
-    return statistics.median(timer.durations())

@@ -142,7 +142,7 @@ def test_curves_that_cannot_be_read_cost_a_picture_only(tmp_path: Path):
         results.append(run, {**record(run), "curves": [point]})
     (tmp_path / "curves" / "mine-seed0.jsonl").write_bytes(b"\0\n")
     results = Results(tmp_path, DIRECTIONS)
-    assert results.curves(runs) == {"equal": [point]}
+    assert results.curves(runs) == {"equal": [[point]]}
     assert "mine-seed0.jsonl cannot be read" in results.notes[0]
 
 

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from lightning_mtl.compare.plots import plots
+from lightning_mtl.compare.cells import console_table
+from lightning_mtl.compare.figures import figures
 from lightning_mtl.compare.report import report_html
-from lightning_mtl.compare.table import console_table, summarise, summary_csv
+from lightning_mtl.compare.sheets import gradients_csv, summary_csv
+from lightning_mtl.compare.table import summarise
 from lightning_mtl.compare.texts import error_text, name, one_line, shortened, visible
 from lightning_mtl.metrics import load_baseline
 from tests.compare.compare_runs import CONFIG, MODEL, files, finished, printed, start
@@ -62,12 +64,12 @@ def test_every_name_in_every_file():
     ]
     runs.append({**runs[-1], "status": "failed", "error": "".join(names)})
     summary = summarise(
-        runs, directions, dict.fromkeys(names, "balancer"), {names[0]: points, "$": points}
+        runs, directions, dict.fromkeys(names, "balancer"), {names[0]: [points], "$": [points]}
     )
 
-    pictures, faults = plots(summary)
+    pictures, faults = figures(summary)
     assert not faults
-    assert len(pictures) == 4
+    assert len(pictures) == 7  # nothing was timed
     page = report_html(summary, pictures, {"\ud800": "\u202e"}, [("command", "\ud800")])
     page.encode()
     table = console_table(summary)
@@ -76,21 +78,22 @@ def test_every_name_in_every_file():
     assert not HIDDEN & set(table)
     assert html.escape("<b>&") in page
     assert max(map(len, (line.split("  ")[0] for line in table.splitlines()[:-1]))) < 100
-    rows = list(csv.reader(summary_csv(summary).splitlines(keepends=True)))
-    assert {len(row) for row in rows} == {len(rows[0])}
+    for sheet in (summary_csv(summary), gradients_csv(summary)):
+        rows = list(csv.reader(sheet.splitlines(keepends=True)))
+        assert {len(row) for row in rows} == {len(rows[0])}
 
 
 def test_a_picture_that_cannot_be_drawn_costs_only_itself(monkeypatch: pytest.MonkeyPatch):
-    curves = {"a": [{"step": 0, "norms": {"x": 1.0}, "cosines": {"x": "no number"}}] * 2}
+    curves = {"a": [[{"step": 0, "norms": {"x": 1.0}, "cosines": {"x": "no number"}}] * 2]}
     runs = [
         {"method": "single-task", "task": t, "seed": 0, "metrics": {t: {"acc": 1.0}}} for t in "xy"
     ]
     runs += [{"method": "a", "seed": 0, "metrics": {t: {"acc": 1.1} for t in "xy"}}]
     runs = [{"run": str(i), "kind": "train", "status": "finished", **r} for i, r in enumerate(runs)]
     summary = summarise(runs, {t: {"acc": True} for t in "xy"}, {"a": "balancer"}, curves)
-    summary.curves["a"][0]["norms"] = {"x": object()}
-    pictures, faults = plots(summary)
-    assert set(pictures) == {"delta_p.png", "runs.png"} | (set(pictures) & {"gradient_cosines.png"})
+    summary.curves["a"][0][0]["norms"] = {"x": object()}
+    pictures, faults = figures(summary)
+    assert {p.file for p in pictures} == {"delta_p.png", "delta_p_tasks.png", "runs.png"}
     assert any(fault.startswith("gradient_norms.png could not be drawn. ") for fault in faults)
     page = report_html(summary, pictures, {}, [], faults)
     assert "gradient_norms.png could not be drawn" in page

@@ -74,4 +74,4 @@ def test_the_report_in_a_browser(tmp_path: Path) -> None:
     )
     pixels = np.asarray(Image.open(picture).convert("RGB"))
     colours = {tuple(c) for c in pixels.reshape(-1, 3)[::7]}
-    assert {(31, 119, 180), (255, 127, 14)} <= colours  # the bars of the plots are there
+    assert {(31, 111, 181), (201, 106, 0)} <= colours  # balancers and fixed weights in the pictures
