@@ -1,4 +1,4 @@
-"""The Gramian from block to block of a graph: that of all rows, to rounding, on graphs of any kind."""
+"""The Gramian from block to block of a graph is that of all rows, on graphs of any kind."""
 
 from __future__ import annotations
 
