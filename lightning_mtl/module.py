@@ -122,8 +122,8 @@ class MultiTaskModule(TaskModule):
             wider. ``"bf16"``: half of that, to three digits. ``"host"``: in the memory of the host,
             and with them state as large as they are; every row travels there. ``"blocks"``: those
             of a part of the parameters at a time, for methods with weights from the Gramian; the
-            weights are exact, and backward passes are repeated. docs/cost.md has the prices.
-        gradient_blocks: in how many parts ``"blocks"`` cuts the shared parameters.
+            weights are exact, and one more backward pass is taken. docs/cost.md has the prices.
+        gradient_blocks: in about how many parts ``"blocks"`` takes the shared parameters.
         delta_p_metrics: for modules with their own loop, ``{task: {logged name: higher is
             better}}``.
     """

@@ -19,7 +19,7 @@ from tests.common.models import Balanced, Batched, Samples
 
 TASKS = ("a", "b", "c")
 STEPS, BATCH = 20, 12
-MEMORY = ("blocks", "bf16", "sharded bf16")
+MEMORY = {"missing blocks": "blocks", "sharded bf16": "bf16", "blocks": "blocks", "bf16": "bf16"}
 VARIANTS = ("plain", "accumulate", "missing", "sharded", "fsdp2")
 
 
@@ -98,7 +98,7 @@ def fit(
         strategy = ModelParallelStrategy(data_parallel_size=world, tensor_parallel_size=1)
     elif strategy is None:
         strategy = DDPStrategy() if world > 1 else "auto"
-    every = 2 if variant == "accumulate" else 1
+    every, missing = (2 if variant == "accumulate" else 1), variant.startswith("missing")
     defaults: dict[str, Any] = {"accumulate_grad_batches": every, "max_epochs": 1}
     run = Trainer(
         accelerator="cpu",
@@ -115,15 +115,15 @@ def fit(
     torch.manual_seed(5)
     model = Fsdp2 if fsdp2 else Labelled
     module = model(
-        variant == "missing",
+        missing,
         lr,
         shard_gradients=variant.startswith("sharded"),
-        gradient_memory=variant.removeprefix("sharded ") if variant in MEMORY else "full",
+        gradient_memory=MEMORY.get(variant, "full"),
     )
     module.padded = variant == "padded"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        run.fit(module, batches(rank, world, variant == "missing"))
+        run.fit(module, batches(rank, world, missing))
     return run, module
 
 

@@ -2,64 +2,131 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 from lightning_mtl.engine.forms.narrow import Probe
+from lightning_mtl.engine.gradients.cuts import Block, Part, blocks, parts
 from lightning_mtl.engine.gradients.rows import TaskGradients
+from lightning_mtl.engine.gradients.task_losses import TaskLosses
 from lightning_mtl.numerics import inner
 from lightning_mtl.numerics.flat import real
-
-if TYPE_CHECKING:
-    from lightning_mtl.engine.gradients.task_losses import TaskLosses
 
 
 class Blocks(Probe):
     r"""Exact weights from :math:`J J^\top = \sum_b J_b J_b^\top`, a block of columns at a time.
 
-    Every block takes a backward pass a task, which stops where its parameters begin; the direction
-    then takes one more, of the weighted losses. So the memory of J becomes that of the largest
-    block, and the time grows with the number of blocks.
+    A backward pass a task goes down the graph, all tasks together from block to block: at a place
+    that every path passes, the gradient of each task is kept and the rows of the parameters above
+    it, whose inner products are known by then, are thrown away. The direction takes one more pass,
+    of the weighted losses. So J is never there, and no part of the graph is gone through twice by a
+    task, unless there is no such place in it: then passes are repeated from the last place above.
 
     Args:
         gradients: layout and head gradients.
-        number: of blocks at most.
+        number: of blocks, about.
         scale: what losses are multiplied by against underflow in half precision.
     """
 
     def __init__(self, gradients: TaskGradients, number: int, scale: float) -> None:
-        shared = [gradients.parameters[name] for name in gradients.shared or ()]
-        self.blocks = _cut(shared, number)
-        widest = max(self.blocks, key=lambda block: sum(real(p.detach()).numel() for p in block))
-        super().__init__(gradients, widest, representation=False, scale=scale)
-        self._gramian = self.rows.new_zeros(len(self.rows), len(self.rows), dtype=torch.float64)
+        self.number = number
+        self.shared = [gradients.parameters[name] for name in gradients.shared or ()]
+        self.names = {id(p): name for name, p in gradients.parameters.items()}
+        super().__init__(gradients, self.shared[:1], representation=False, scale=scale)
+        self._gramian = torch.zeros(
+            self.num_tasks, self.num_tasks, dtype=torch.float64, device=self.rows.device
+        )
 
     def collect(self, losses: TaskLosses) -> None:
         """The Gramian and head gradients of a micro-batch; keeps the graph for the direction."""
-        for number, block in enumerate(self.blocks):
-            sizes = [real(p.detach()).numel() for p in block]
-            width = sum(sizes)
-            number_of_rows = len(self.rows)
-            rows = self.rows.flatten()[: number_of_rows * width].view(number_of_rows, width).zero_()
-            for t, value, count, _ in losses:
-                if number == 0:
-                    self.losses[t] = value = value * (count * self.scale)
-                    grads: Sequence[Tensor | None] = self.gradients.add_heads(t, value, block)
-                else:
-                    value = self.losses[t]  # type: ignore[assignment] # set with the first block
-                    grads = torch.autograd.grad(value, block, retain_graph=True, allow_unused=True)
-                self._dense(block, grads)
-                offset = 0
-                for size, grad in zip(sizes, grads, strict=True):
-                    if grad is not None:
-                        grad = real(grad)
-                        rows[t, offset : offset + size].view(grad.shape).copy_(grad)
-                    offset += size
-            rows = self.gradients.ranks.sum_(rows)
-            self._gramian += inner.gramian(rows.div_(self.scale) if self.scale != 1 else rows)
+        for t, value, count, _ in losses:
+            value = value if count * self.scale == 1 else value * (count * self.scale)
+            self.losses[t] = value
+            self.gradients.note_root(t, value)
+        plan = self._plan()
+        groups = [group for block in plan for group in block.groups]
+        self.tensors = max(groups, key=_width) or self.tensors  # nothing may be reached
+        self.rows = self.gradients.narrow_rows(self.tensors)
+        above: list[Tensor | None] = [None] * self.num_tasks  # gradients at the top of a block
+        for block in plan:
+            below: list[Tensor | None] = [None] * self.num_tasks
+            for number, group in enumerate(block.groups):
+                others = block.others if number == 0 else []
+                bottom = block.bottom if number == len(block.groups) - 1 else None
+                rows = self._of(group)
+                for t in range(self.num_tasks):
+                    grads = self._passed(t, block.top, above[t], [*group, *others], bottom)
+                    self._put(rows[t], group, grads[: len(group)])
+                    heads = grads[len(group) : len(group) + len(others)]
+                    self.gradients.heads.add(t, [self.names[id(p)] for p in others], heads)
+                    below[t] = grads[-1] if bottom is not None else None
+                if group:
+                    rows = self.gradients.ranks.sum_(rows)
+                    self._gramian += inner.gramian(rows / self.scale if self.scale != 1 else rows)
+            above = below
+
+    def _plan(self) -> list[Block]:
+        """The blocks of this graph; the same on every rank, whose graphs may differ."""
+        found = parts([loss for loss in self.losses if loss is not None])
+        known = self.gradients.parameters
+        wanted = {id(p) for p in self.shared}
+        for part in found:
+            part.used = [leaf for leaf in part.used if id(leaf) in self.names]
+        plan = blocks(found, wanted, self.number)
+        ranks = self.gradients.ranks
+        if not ranks.alone:
+            told = repr([[self.names[id(p)] for p in g] for block in plan for g in block.groups])
+            number = float(zlib.crc32(told.encode()))
+            ends = ranks.max_(torch.tensor([number, -number], dtype=torch.float64).to(ranks.device))
+            if ends.sum() != 0:
+                every = Part(None, 0, [*self.shared, *known.values()])
+                return blocks([every], wanted, self.number)
+        return plan
+
+    def _of(self, group: Sequence[Tensor]) -> Tensor:
+        """Rows for a group, in the memory that all groups share."""
+        width = _width(group)
+        return self.rows.flatten()[: self.num_tasks * width].view(self.num_tasks, width).zero_()
+
+    def _passed(
+        self,
+        task: int,
+        top: GradientEdge | None,
+        gradient: Tensor | None,
+        leaves: Sequence[Tensor],
+        bottom: GradientEdge | None,
+    ) -> Sequence[Tensor | None]:
+        """Gradients of a task from the top of a block to its leaves, and at its bottom."""
+        inputs: list[Any] = [*leaves, *([] if bottom is None else [bottom])]
+        output = self.losses[task] if top is None else gradient
+        if output is None or not inputs:
+            return [None] * len(inputs)
+        with nullcontext() if top is None else _given(top, output):
+            grads: Sequence[Tensor | None] = torch.autograd.grad(
+                [output] if top is None else [top],
+                inputs,
+                None if top is None else [output],
+                retain_graph=True,
+                allow_unused=True,
+            )
+        self._dense(leaves, grads[: len(leaves)])
+        return grads
+
+    @staticmethod
+    def _put(row: Tensor, group: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
+        offset = 0
+        for parameter, grad in zip(group, grads, strict=True):
+            size = real(parameter.detach()).numel()
+            if grad is not None:
+                grad = real(grad)
+                row[offset : offset + size].view(grad.shape).copy_(grad)
+            offset += size
 
     def finish(self) -> Tensor:
         """The rows of the last block: there is no more of J."""
@@ -90,13 +157,19 @@ class Blocks(Probe):
         return weights
 
 
-def _cut(parameters: Sequence[nn.Parameter], number: int) -> list[list[nn.Parameter]]:
-    """Parameters in order, in at most ``number`` parts of about the same size."""
-    total, done = sum(p.numel() for p in parameters), 0
-    blocks: list[list[nn.Parameter]] = [[]]
-    for p in parameters:
-        if blocks[-1] and done + p.numel() / 2 > total * len(blocks) / number:
-            blocks.append([])
-        blocks[-1].append(p)
-        done += p.numel()
-    return blocks
+def _width(group: Sequence[Tensor]) -> int:
+    return sum(real(p.detach()).numel() for p in group)
+
+
+@contextmanager
+def _given(top: GradientEdge, gradient: Tensor) -> Iterator[None]:
+    """Let a gradient enter as it is: hooks of the tensor there changed it in the block above."""
+
+    def replace(grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return tuple(gradient if i == top.output_nr else g for i, g in enumerate(grads))
+
+    handle = top.node.register_prehook(replace)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -175,6 +175,10 @@ class TaskGradients(OverColumns):
         self.heads.add(task, self._order[len(self.shared) :], grads[len(others) :])
         return list(grads[: len(others)])
 
+    def note_root(self, task: int, loss: Tensor) -> None:
+        """Note where the graph of a task begins, for parameters that are found shared later."""
+        self._roots[task] = loss.grad_fn
+
     def add_to_row(self, task: int, grads: Sequence[Tensor | None]) -> None:
         """Add gradients of the shared parameters, in their order, to a row."""
         self._own_row()

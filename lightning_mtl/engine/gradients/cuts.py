@@ -1,0 +1,188 @@
+"""Where every path of a graph passes: the graph in parts, each with the parameters used in it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from lightning_mtl.numerics.flat import real
+
+
+@dataclass
+class Part:
+    """What lies between a place where all paths from the losses pass and the next such place.
+
+    Attributes:
+        top: where it begins; ``None`` for the losses.
+        width: how many numbers the tensor there has.
+        used: leaves that are used in it, from the losses down; some may be named twice.
+    """
+
+    top: GradientEdge | None
+    width: int
+    used: list[Tensor] = field(default_factory=list)
+
+
+def parts(losses: Sequence[Tensor]) -> list[Part]:
+    """The graph of the losses from the top down; one part where no place has all paths.
+
+    A place is an output of a node: with the edges that jump over each point of the order in which
+    the nodes were made, it is one that all of them lead to. What only leads to leaves, such as a
+    transposed weight, belongs to where it is used.
+
+    Args:
+        losses: with a graph.
+    """
+    roots = [(loss.grad_fn, loss.output_nr) for loss in losses]
+    order = _made_last_first([node for node, _ in roots])
+    place = {node: i for i, node in enumerate(order)}
+    first: dict[tuple[Any, int], int] = dict.fromkeys(roots, -1)  # who leads to an output first
+    used: list[list[Tensor]] = [[] for _ in order]
+    leaves = {node: _leaves_of(node) for node in order}
+    for node in {node for node, _ in roots}:
+        leaves[node] = []
+    for i, node in enumerate(order):
+        if leaves[node]:
+            continue  # taken where it is used
+        for child, number in node.next_functions:
+            if child is None:
+                continue
+            if hasattr(child, "variable"):
+                used[i].append(child.variable)
+            elif leaves[child]:
+                used[i] += leaves[child]
+            elif place[child] <= i:  # made by several threads, say: their order tells nothing
+                return [Part(None, 0, _all_leaves(order))]
+            else:
+                first.setdefault((child, number), i)
+    begin: list[list[tuple[Any, int]]] = [[] for _ in range(len(order) + 1)]
+    end: list[list[tuple[Any, int]]] = [[] for _ in range(len(order) + 1)]
+    for edge, i in first.items():
+        begin[i + 1].append(edge)
+        end[place[edge[0]] + 1].append(edge)
+    found, open_edges = [Part(None, 0)], set[tuple[Any, int]]()
+    for i, leaves_here in enumerate(used):
+        open_edges.difference_update(end[i])
+        open_edges.update(begin[i])
+        if i and len(open_edges) == 1:
+            (edge,) = open_edges
+            if found[-1].top != GradientEdge(*edge):
+                shape = edge[0]._input_metadata[edge[1]].shape
+                found.append(Part(GradientEdge(*edge), math.prod(shape)))
+        found[-1].used += leaves_here
+    return found
+
+
+@dataclass
+class Block:
+    """Consecutive parts whose rows are taken together.
+
+    Attributes:
+        top: where it begins; ``None`` for the losses.
+        bottom: where the next one begins; ``None`` for none.
+        groups: the wanted leaves in groups, each taken by passes of its own.
+        others: all other leaves that are used in it.
+    """
+
+    top: GradientEdge | None
+    bottom: GradientEdge | None
+    groups: list[list[Tensor]]
+    others: list[Tensor]
+
+
+def blocks(found: Sequence[Part], wanted: Collection[int], number: int) -> list[Block]:
+    """Put parts together to about ``number`` blocks of equal size.
+
+    A leaf that is used in several blocks comes last, by passes from the losses, since a pass
+    through one block has a part of its gradient only.
+
+    Args:
+        found: see :func:`parts`.
+        wanted: ids of the leaves whose rows are wanted.
+        number: of blocks.
+    """
+    every = {id(leaf): leaf for part in found for leaf in part.used}
+    size = {i: _size(leaf) for i, leaf in every.items() if i in wanted}
+    widest = math.ceil(sum(size.values()) / number)
+    tops, width, choice = [0], 0, 0  # where blocks begin; `choice`: where the next one may
+    for i, part in enumerate(found):
+        more = sum(size.get(i, 0) for i in {id(leaf) for leaf in part.used})
+        if not more:
+            if i and (choice <= tops[-1] or part.width < found[choice].width):
+                choice = i
+            continue
+        if choice <= tops[-1] or part.width <= found[choice].width:
+            choice = i
+        if width and width + more > widest and choice > tops[-1]:
+            tops.append(choice)
+            width = 0
+        width, choice = width + more, 0
+    bounds = [*tops, len(found)]
+    pieces = [
+        {id(leaf): leaf for part in found[a:b] for leaf in part.used} for a, b in pairwise(bounds)
+    ]
+    times: dict[int, int] = {}
+    for piece in pieces:
+        for i in piece:
+            times[i] = times.get(i, 0) + 1
+    made = []
+    for n, piece in enumerate(pieces):
+        own = {i: leaf for i, leaf in piece.items() if times[i] == 1}
+        bottom = found[bounds[n + 1]].top if n + 1 < len(tops) else None
+        made.append(_block(found[bounds[n]].top, bottom, own, size, widest))
+    several = {i: every[i] for i, count in times.items() if count > 1}
+    return [*made, _block(None, None, several, size, widest)] if several else made
+
+
+def _block(
+    top: GradientEdge | None,
+    bottom: GradientEdge | None,
+    leaves: dict[int, Tensor],
+    size: dict[int, int],
+    widest: int,
+) -> Block:
+    groups: list[list[Tensor]] = [[]]
+    width = 0
+    for i, leaf in leaves.items():
+        if i in size:
+            if groups[-1] and width + size[i] > widest:
+                groups.append([])
+                width = 0
+            groups[-1].append(leaf)
+            width += size[i]
+    return Block(top, bottom, groups, [leaf for i, leaf in leaves.items() if i not in size])
+
+
+def _size(leaf: Tensor) -> int:
+    return real(leaf.detach()).numel()
+
+
+def _made_last_first(roots: Sequence[Any]) -> list[Any]:
+    """All nodes behind ``roots`` but leaves, those that were made last first."""
+    todo, seen = list(roots), set()
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen or hasattr(node, "variable"):
+            continue
+        seen.add(node)
+        todo += [child for child, _ in node.next_functions]
+    return sorted(seen, key=lambda node: -node._sequence_nr())
+
+
+def _leaves_of(node: Any) -> list[Tensor]:
+    """Leaves behind a node that leads to leaves alone; empty for other nodes."""
+    children = [child for child, _ in node.next_functions if child is not None]
+    if not all(hasattr(child, "variable") for child in children):
+        return []
+    return [child.variable for child in children]
+
+
+def _all_leaves(order: Sequence[Any]) -> list[Tensor]:
+    children = [child for node in order for child, _ in node.next_functions if child is not None]
+    return [child.variable for child in children if hasattr(child, "variable")]
