@@ -1,0 +1,122 @@
+"""What balancing brings on a problem of the bank: many trainings at once, in one batched product.
+
+All methods, seeds and single-task runs of a problem are trained side by side as a stack of networks.
+Weights come from the same functions as the balancers' own; Adam works element by element, so that
+a stack of networks is that of many optimizers. tests/diagnose/test_bank.py holds a training of
+this kind against the Trainer's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from bank_problems import BATCH, INPUTS, RATE, Problem
+from torch import Tensor
+
+from lightning_mtl.diagnose.families import FAMILIES, Family
+
+EVALUATED = 4096
+_HEADS = {"LogLoss", "NashMTL"}  # whose weights the heads get too
+_VECTOR = {"LogLoss", "DualBalance"}
+
+
+def initial(given: Problem, seed: int) -> list[Tensor]:
+    """Parameters of one network, as ``nn.Linear`` draws them."""
+    generator = torch.Generator().manual_seed(1000 + seed)
+    outputs = given.tasks if given.heads else 1
+
+    def uniform(*shape: int, fan: int) -> Tensor:
+        return (2 * torch.rand(shape, generator=generator) - 1) / math.sqrt(fan)
+
+    return [
+        uniform(INPUTS, given.width, fan=INPUTS),
+        uniform(given.width, fan=INPUTS),
+        uniform(given.width, outputs, fan=given.width),
+        uniform(outputs, fan=given.width),
+    ]
+
+
+def errors(given: Problem, parameters: Sequence[Tensor], x: Tensor, y: Tensor) -> Tensor:
+    """Mean squared error of every network and task, shape ``(N, T)``."""
+    w, b, v, c = parameters
+    out = torch.tanh(x @ w + b[:, None]) @ v + c[:, None]
+    return (out - y).square().mean(1)
+
+
+def step_weights(
+    family: Family | None, gramians: Tensor, losses: Tensor
+) -> Tensor:
+    """Weights of some networks under one family, shape ``(N, T)``."""
+    if family is None:
+        return torch.ones_like(losses)
+    if family.example in _VECTOR:
+        diagonal = torch.diag_embed(gramians.diagonal(dim1=-2, dim2=-1))
+        return torch.stack([family.weights(m, l) for m, l in zip(diagonal, losses, strict=True)])
+    return torch.stack([family.weights(m, l) for m, l in zip(gramians, losses, strict=True)])
+
+
+def train(
+    given: Problem, fixed: npt.NDArray[np.float64], seeds: int, steps: int
+) -> dict[str, npt.NDArray[np.float64]]:
+    """Test errors after a training, ``{method: (seeds, T)}``; ``single`` has each task alone.
+
+    Args:
+        given: the problem.
+        fixed: weights of the row ``fixed``, shape ``(T,)``.
+        seeds: initial weights and batches; the same for all methods.
+        steps: of Adam.
+    """
+    size = given.tasks
+    names = ["equal", "fixed", *(f.example for f in FAMILIES)] + ["single"] * size
+    families = [None, None, *FAMILIES] + [None] * size
+    start = [initial(given, seed) for seed in range(seeds)]
+    stacked = [torch.stack([s[i] for s in start] * len(names)) for i in range(4)]
+    parameters = [p.clone().requires_grad_() for p in stacked]
+    shared = parameters if not given.heads else parameters[:2]
+    heads = [] if not given.heads else parameters[2:]
+    optimizer = torch.optim.Adam(parameters, RATE)
+    streams = [torch.Generator().manual_seed(seed) for seed in range(seeds)]
+    omega = torch.ones(len(names), seeds, size)
+    omega[1] = torch.from_numpy(fixed).float()
+    omega[-size:] = torch.eye(size)[:, None, :]
+    omega = omega.reshape(-1, size)
+    for _ in range(steps):
+        batches = [given.draw(BATCH, stream) for stream in streams]
+        x = torch.stack([b[0] for b in batches]).repeat(len(names), 1, 1)
+        y = torch.stack([b[1] for b in batches]).repeat(len(names), 1, 1)
+        losses = errors(given, parameters, x, y) * given.scales
+        rows, head_rows = [], []
+        for t in range(size):
+            found = torch.autograd.grad(losses[:, t].sum(), [*shared, *heads], retain_graph=True)
+            rows.append(torch.cat([g.flatten(1) for g in found[: len(shared)]], 1))
+            head_rows.append(found[len(shared) :])
+        J = torch.stack(rows, 1)
+        weights, head_weights = omega.clone(), omega.clone()
+        wide = J[2 * seeds : -size * seeds].double()
+        gramians = wide @ wide.mT
+        values = losses[2 * seeds : -size * seeds].detach().double()
+        for i, family in enumerate(families[2:-size]):
+            part = slice(i * seeds, (i + 1) * seeds)
+            found = step_weights(family, gramians[part], values[part]).float()
+            place = slice((i + 2) * seeds, (i + 3) * seeds)
+            weights[place] = found
+            if family.example in _HEADS:
+                head_weights[place] = found
+        direction = (weights[:, None, :] @ J)[:, 0]
+        for p, part in zip(shared, direction.split([p[0].numel() for p in shared], 1), strict=True):
+            p.grad = part.reshape(p.shape)
+        for i, p in enumerate(heads):
+            each = torch.stack([r[i] for r in head_rows])
+            p.grad = torch.einsum("nt,tn...->n...", head_weights, each)
+        optimizer.step()
+    with torch.no_grad():
+        x, y = given.draw(EVALUATED, torch.Generator().manual_seed(77))
+        final = torch.cat([errors(given, [q[i : i + 1] for q in parameters], x, y) for i in range(len(omega))])
+    table = final.double().numpy().reshape(len(names), seeds, size)
+    found = {name: table[i] for i, name in enumerate(names[:-size])}
+    found["single"] = np.stack([table[len(names) - size + t, :, t] for t in range(size)], 1)
+    return found
