@@ -1,9 +1,9 @@
 """Small problems whose trouble is known, for the rules of ``lightning-mtl diagnose``.
 
-Every task is a regression on the same inputs: :math:`y_t = u_t \\cdot \\tanh(W x) + \\sigma_t \\epsilon`,
-with a teacher of 16 features, standardised. A problem says how the :math:`u_t` of its tasks lie to each
-other, what their losses are multiplied by, how noisy their labels are, how wide the shared layer
-is, and whether tasks have heads of their own. Batches are drawn anew in every step.
+Every task is a regression on the same inputs, y_t = u_t · tanh(W x) + σ_t ε, with a teacher of 16
+features and targets of variance 1 before the noise. A problem says how the u_t of its tasks lie to
+each other, what their losses are multiplied by, how noisy their labels are, how wide the shared
+layer is, and whether tasks have heads of their own. Batches are drawn anew in every step.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ class Problem:
     Attributes:
         kind: what its trouble is.
         number: which one of its kind and size.
-        features: :math:`W`, shape ``(inputs, features)``.
-        mixtures: :math:`u_t` as rows, shape ``(T, features)``, each giving targets of variance 1.
+        features: W, shape ``(inputs, features)``.
+        mixtures: u_t as rows, shape ``(T, features)``, each giving targets of variance 1.
         scales: what the losses are multiplied by, shape ``(T,)``.
-        noise: :math:`\\sigma_t`, shape ``(T,)``.
+        noise: σ_t, shape ``(T,)``.
         width: of the shared layer.
         heads: whether each task has one; otherwise all share the only output.
     """

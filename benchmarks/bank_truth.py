@@ -1,6 +1,6 @@
 """What balancing brings on a problem of the bank: many trainings at once, in one batched product.
 
-All methods, seeds and single-task runs of a problem are trained side by side as a stack of networks.
+All methods, seeds and single-task runs of a problem are trained side by side, a stack of networks.
 Weights come from the same functions as the balancers' own; Adam works element by element, so that
 a stack of networks is that of many optimizers. tests/diagnose/test_bank.py holds a training of
 this kind against the Trainer's.
@@ -21,7 +21,6 @@ from lightning_mtl.diagnose.families import FAMILIES, Family
 
 EVALUATED = 4096
 _HEADS = {"LogLoss", "NashMTL"}  # whose weights the heads get too
-_VECTOR = {"LogLoss", "DualBalance"}
 
 
 def initial(given: Problem, seed: int) -> list[Tensor]:
@@ -47,16 +46,11 @@ def errors(given: Problem, parameters: Sequence[Tensor], x: Tensor, y: Tensor) -
     return (out - y).square().mean(1)
 
 
-def step_weights(
-    family: Family | None, gramians: Tensor, losses: Tensor
-) -> Tensor:
+def step_weights(family: Family | None, gramians: Tensor, losses: Tensor) -> Tensor:
     """Weights of some networks under one family, shape ``(N, T)``."""
     if family is None:
         return torch.ones_like(losses)
-    if family.example in _VECTOR:
-        diagonal = torch.diag_embed(gramians.diagonal(dim1=-2, dim2=-1))
-        return torch.stack([family.weights(m, l) for m, l in zip(diagonal, losses, strict=True)])
-    return torch.stack([family.weights(m, l) for m, l in zip(gramians, losses, strict=True)])
+    return torch.stack([family.weights(m, v) for m, v in zip(gramians, losses, strict=True)])
 
 
 def train(
@@ -115,7 +109,8 @@ def train(
         optimizer.step()
     with torch.no_grad():
         x, y = given.draw(EVALUATED, torch.Generator().manual_seed(77))
-        final = torch.cat([errors(given, [q[i : i + 1] for q in parameters], x, y) for i in range(len(omega))])
+        networks = ([q[i : i + 1] for q in parameters] for i in range(len(omega)))
+        final = torch.cat([errors(given, network, x, y) for network in networks])
     table = final.double().numpy().reshape(len(names), seeds, size)
     found = {name: table[i] for i, name in enumerate(names[:-size])}
     found["single"] = np.stack([table[len(names) - size + t, :, t] for t in range(size)], 1)

@@ -104,9 +104,7 @@ def diagnose(options: argparse.Namespace, command: str) -> None:
                 f"Measuring {min(options.measure, options.steps)} of {options.steps} steps with "
                 f"equal weighting{'' if options.no_alone else ', then each task alone'}"
             )
-            found = study(
-                request.train, options.steps, options.measure, alone=not options.no_alone
-            )
+            found = study(request.train, options.steps, options.measure, alone=not options.no_alone)
             summary = summarise(found)
     finally:
         logging.disable(logging.NOTSET)

@@ -1,7 +1,7 @@
-"""What each family of methods would do to recorded gradients, from their Gramian alone.
+r"""What each family of methods would do to recorded gradients, from their Gramian alone.
 
-A direction :math:`d = J^\\top w` has with task :math:`t` the cosine
-:math:`(M w)_t / (\\sqrt{w^\\top M w} \\sqrt{M_{tt}})`. It is two things at once: how far the step
+A direction :math:`d = J^\top w` has with task :math:`t` the cosine
+:math:`(M w)_t / (\sqrt{w^\top M w} \sqrt{M_{tt}})`. It is two things at once: how far the step
 points the task's way, and to first order the share of the decrease that the task would have in a
 step of the same length taken for it alone.
 """
@@ -46,22 +46,20 @@ class Family:
     weights: Weights
 
 
-def loss_scale_weights(gramian: Tensor, losses: Tensor) -> Tensor:
+def loss_scale_weights(_: Tensor, losses: Tensor) -> Tensor:
     r"""Weights :math:`1 / \ell_t`, those of ``LogLoss``; NaN for a loss that is not above 0.
 
     Args:
-        gramian: not used.
         losses: shape ``(T,)``.
     """
     return torch.where(losses > 0, 1.0 / losses, torch.nan)
 
 
-def unit_weights(gramian: Tensor, losses: Tensor) -> Tensor:
+def unit_weights(gramian: Tensor, _: Tensor) -> Tensor:
     r"""Weights :math:`1 / \lVert g_t \rVert`, the sum of unit gradients; 0 for a zero gradient.
 
     Args:
         gramian: shape ``(T, T)``.
-        losses: not used.
     """
     norms = gramian.diagonal().clamp_min(0).sqrt()
     return torch.where(norms > 0, 1.0 / norms, 0.0)

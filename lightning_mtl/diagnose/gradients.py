@@ -125,16 +125,16 @@ def losses_of(module: TaskModule, seen: Seen, tasks: Sequence[str]) -> Iterator[
     compiled = "torch._dynamo" in sys.modules  # whose graphs give zeros where there is no path
     states = random.getstate(), np.random.get_state()
     try:
-        with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
-            with torch.enable_grad(), replayed(module, seen) as found:
-                losses = {}
-                for task in tasks:
-                    value = found.get(task)
-                    value = value[0] if isinstance(value, tuple) else value
-                    if isinstance(value, Tensor) and value.requires_grad:
-                        losses[task] = value.reshape(()).float()
-                with without_autocast(module.device.type):
-                    yield losses
+        eager = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+        with eager, torch.enable_grad(), replayed(module, seen) as found:
+            losses = {}
+            for task in tasks:
+                value = found.get(task)
+                value = value[0] if isinstance(value, tuple) else value
+                if isinstance(value, Tensor) and value.requires_grad:
+                    losses[task] = value.reshape(())
+            with without_autocast(module.device.type):
+                yield losses
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])

@@ -13,7 +13,7 @@ from torch import Tensor
 _ATOMS = (str, bytes, int, float, complex, bool, type(None))
 
 
-class Unsplittable(Exception):
+class UnsplittableError(Exception):
     """A batch whose samples cannot be told apart; the message says why."""
 
 
@@ -29,16 +29,18 @@ def halves(batch: Any) -> tuple[Any, Any, int]:
         batch: anything; it stays as it is, and halves share the memory of its tensors.
 
     Raises:
-        Unsplittable: no tensor, tensors of different length, fewer than 2 samples, or an object of
-            an unknown kind, such as a graph.
+        UnsplittableError: no tensor, tensors of different length, fewer than 2 samples, or an
+            object of an unknown kind, such as a graph.
     """
     sizes = {len(leaf) for leaf in _arrays(batch) if leaf.ndim}
     if len(sizes) != 1:
         what = f"first dimensions of {sorted(sizes)[:6]}" if sizes else "no tensor with rows"
-        raise Unsplittable(f"its tensors have {what}, where one number of samples was expected")
+        raise UnsplittableError(
+            f"its tensors have {what}, where one number of samples was expected"
+        )
     count = sizes.pop()
     if count < 2:
-        raise Unsplittable("it has 1 sample")
+        raise UnsplittableError("it has 1 sample")
     half = count // 2
     even, odd = slice(0, 2 * half, 2), slice(1, 2 * half, 2)
     return _take(batch, even, count), _take(batch, odd, count), half
@@ -59,7 +61,7 @@ def _parts(value: Any) -> list[Any]:
         return list(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return [getattr(value, field.name) for field in dataclasses.fields(value)]
-    raise Unsplittable(f"it holds a {type(value).__name__}, whose samples are not known")
+    raise UnsplittableError(f"it holds a {type(value).__name__}, whose samples are not known")
 
 
 def _take(value: Any, rows: slice, count: int) -> Any:
@@ -77,7 +79,7 @@ def _take(value: Any, rows: slice, count: int) -> Any:
     new = copy.copy(value)
     if isinstance(value, Mapping):
         for key, part in value.items():
-            new[key] = _take(part, rows, count)  # type: ignore[index] # a copy of a dict
+            new[key] = _take(part, rows, count)
     else:
         for field in dataclasses.fields(value):
             part = _take(getattr(value, field.name), rows, count)

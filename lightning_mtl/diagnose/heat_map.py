@@ -7,7 +7,8 @@ from html import escape
 
 from lightning_mtl.compare.texts import name as short
 
-_LEFT, _TOP, _HEIGHT, _LETTER = 230, 150, 26, 7.2
+_LEFT, _TOP, _HEIGHT, _LETTER = 230, 165, 26, 7.2
+_RIGHT = 130  # for the last name, which leans over
 _LEAST = 0.1  # the range of colours, where all cosines are smaller
 
 
@@ -25,11 +26,13 @@ def heat_map(
     numbers = [abs(c) for row in cells for c in row if c is not None]
     most = max([_LEAST, *numbers])
     width = 52 if len(columns) <= 14 else max(14, 728 // len(columns))
-    total = _LEFT + width * len(columns) + 20, _TOP + _HEIGHT * len(rows) + 10
+    total = _LEFT + width * len(columns) + _RIGHT, _TOP + _HEIGHT * len(rows) + 10
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" role="img" aria-label="{escape(label)}" '
-        f'viewBox="0 0 {total[0]} {total[1]}" width="{total[0]}" height="{total[1]}" '
-        f'font-family="system-ui, sans-serif" font-size="12">'
+        (
+            f'<svg xmlns="http://www.w3.org/2000/svg" role="img" aria-label="{escape(label)}" '
+            f'viewBox="0 0 {total[0]} {total[1]}" width="{total[0]}" height="{total[1]}" '
+            f'font-family="system-ui, sans-serif" font-size="12">'
+        )
     ]
     for j, column in enumerate(columns):
         x, y = _LEFT + width * j + width / 2 + 4, _TOP - 8

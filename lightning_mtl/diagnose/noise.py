@@ -81,8 +81,8 @@ def noise_scale(pairs: Array, size: float) -> Array:
 
     .. math:: B = \frac{\operatorname{tr} \Sigma}{\lVert G \rVert^2}, \qquad
               \lVert G \rVert^2 \approx \overline{g^{(1)} \cdot g^{(2)}}, \qquad
-              \operatorname{tr} \Sigma \approx b \, \Big( \tfrac12 \overline{\lVert g^{(1)} \rVert^2 +
-              \lVert g^{(2)} \rVert^2} - \overline{g^{(1)} \cdot g^{(2)}} \Big)
+              \operatorname{tr} \Sigma \approx \tfrac{b}{2} \, \overline{
+              \lVert g^{(1)} - g^{(2)} \rVert^2}
 
     A batch of :math:`B` samples has as much noise as signal; far larger ones are wasted, far
     smaller ones train as if blind. These are the unbiased estimates of McCandlish et al. (appendix

@@ -20,7 +20,7 @@ from lightning_mtl.diagnose.gradients import (
     task_rows,
     with_other_masks,
 )
-from lightning_mtl.diagnose.halves import Unsplittable, halves
+from lightning_mtl.diagnose.halves import UnsplittableError, halves
 from lightning_mtl.diagnose.noise import Array, cosines
 from lightning_mtl.engine.again import Seen
 from lightning_mtl.numerics import inner
@@ -203,7 +203,7 @@ class GradientRecorder(LossCurve):
             found = torch.cat([self._rows(module, part)[0] for part in pair])
         except Exception as why:  # a loss of the user's may need whole batches
             if not self.points and not self.unsplittable:
-                known = isinstance(why, Unsplittable)
+                known = isinstance(why, UnsplittableError)
                 self.unsplittable = str(why) if known else f"a half fails with {error_text(why)}"
             return None, 1
         return self.shared.products(found, found), size
@@ -215,5 +215,5 @@ class GradientRecorder(LossCurve):
         other, again = self._rows(module, with_other_masks(module, seen, _SEED + step))
         if np.array_equal(losses, again, equal_nan=True):
             return None
-        found = [cosines(inner.gramian(torch.stack(p)).cpu().numpy()) for p in zip(rows, other)]
-        return np.asarray([c[0, 1] for c in found])
+        pairs = [torch.stack(pair) for pair in zip(rows, other, strict=True)]
+        return np.asarray([cosines(inner.gramian(pair).cpu().numpy())[0, 1] for pair in pairs])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from html import escape
 from itertools import combinations
@@ -24,18 +25,18 @@ h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; white-space: nowrap;
   font-size: .9rem; }
-th, td { text-align: right; padding: .3rem .7rem; border-bottom: 1px solid #ddd; }
+th, td { text-align: right; padding: .3rem .5rem; border-bottom: 1px solid #ddd; }
 th { border-bottom: 2px solid #999; } th:first-child, td:first-child { text-align: left; }
 table.facts td { text-align: left; white-space: normal; }
 .note { color: #555; font-size: .9rem; }
 pre { background: #f7f7f7; padding: .8rem; overflow-x: auto; font-size: .85rem; }
 """
-_TASKS = """Medians over the measured steps, norms with the 10 % and 90 % quantiles. Noise floor:
+_TASKS = """Medians over the measured steps, norms with the range of 80 % of them. Noise floor:
 mean cosine between the same task's gradients on two halves of the batch; 1 is no noise, 0 nothing
-but noise. Halves against: in what share of the steps these two point away from each other. Noise
-scale: the batch with as much noise as signal. Cosine to update: between the task's downhill
-direction and what the optimizer did. Pace: the share of the steps after which the task alone was
-where it ends with the others."""
+but noise. Halves against: in what share of the steps these two point away from each other. Dropout
+floor: the same on the whole batch with two draws of masks. Noise scale: the batch with as much
+noise as signal. Cosine to update: between the task's downhill direction and what the optimizer did.
+Pace: the share of the steps after which the task alone was where it ends with the others."""
 _PAIRS = """Cosine: on the same batch, as balancers see it. On halves: one task's gradient on one
 half, the other's on the other, so that both have noise of their own. Noise out: the latter divided
 by the root of both floors. Verdict: whether its 95 % interval, with steps as if independent, is
@@ -126,7 +127,8 @@ def _heat_map(summary: Mapping[str, Any]) -> str:
     cells = [[g[i][j] for i, j in order] for g in table]
     if apart:
         columns += [f"{name(task, 20)}, floor" for task in tasks]
-        cells = [[*row, *(g[t][t] for t in range(len(tasks)))] for row, g in zip(cells, table)]
+        own = [[g[t][t] for t in range(len(tasks))] for g in table]
+        cells = [left + right for left, right in zip(cells, own, strict=True)]
     picture = heat_map(groups["names"], columns, cells, "cosines of task gradients by layers")
     note = _GROUPS if apart else "On the same batch; batches could not be divided."
     return f'<div class="scroll">{picture}</div><p class="note">{note}</p>'
@@ -142,4 +144,4 @@ def _row(cell: str, texts: Sequence[str]) -> str:
 
 
 def _text(text: str) -> str:
-    return escape(visible(text))
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(visible(text)))

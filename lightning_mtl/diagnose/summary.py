@@ -153,9 +153,7 @@ def _families(found: Study, gramians: Array, losses: Array) -> dict[str, Any]:
                 "share": as_list(noise.mean_of(shares(gramians, weights))),
                 "worst": as_list(_worst(shares(gramians, weights))),
                 "against": as_list(_against(shares(gramians, weights))),
-                "decrease": as_list(
-                    noise.mean_of(decreases(gramians, weights, losses, length))
-                ),
+                "decrease": as_list(noise.mean_of(decreases(gramians, weights, losses, length))),
             }
             for name, example, members, page, weights in rows
         ],
@@ -173,7 +171,9 @@ def _worst(found: Array) -> float:
 def _against(found: Array) -> float:
     """In what share of the steps some task goes up, to first order."""
     there = np.isfinite(found).any(axis=1)
-    return float((np.nan_to_num(found[there], nan=1.0) < 0).any(axis=1).mean()) if any(there) else 0
+    return (
+        float((np.nan_to_num(found[there], nan=1.0) < 0).any(axis=1).mean()) if there.any() else 0
+    )
 
 
 def _alone(found: Study, task: str) -> dict[str, Any]:
@@ -239,8 +239,8 @@ def _median(values: Array) -> Array:
 
 def _quantile(values: Array, q: float) -> Array:
     """Quantile over steps of what is a number; NaN where nothing is."""
-    found = [np.quantile(v[np.isfinite(v)], q) if np.isfinite(v).any() else np.nan for v in values.T]
-    return np.asarray(found)
+    there = [column[np.isfinite(column)] for column in values.T]
+    return np.asarray([np.quantile(v, q) if len(v) else np.nan for v in there])
 
 
 def _spread(values: Array) -> float:

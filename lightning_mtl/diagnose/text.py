@@ -20,8 +20,16 @@ def number(value: float | None, form: str = ".2f") -> str:
 def task_table(summary: dict[str, Any]) -> Table:
     """A line a task: losses, gradients, noise, what the optimizer did, and the task alone."""
     unit = summary["halves"]["unit"]
-    header = ["task", "loss", "gradient norm", "noise floor", "halves against", "other dropout"]
-    header += [f"noise scale, {unit}", "cosine to update", "pace beside alone"]
+    header = [
+        "task",
+        "loss",
+        "gradient norm",
+        "80 %",
+        "noise floor",
+        "halves against",
+        "dropout floor",
+    ]
+    header += [f"noise scale, {unit}", "cosine to update", "pace"]
     lines = [header]
     noise, norm = summary["noise"], summary["norm"]
     for t, task in enumerate(summary["tasks"]):
@@ -32,8 +40,8 @@ def task_table(summary: dict[str, Any]) -> Table:
             [
                 task,
                 number(summary["loss"]["median"][t], ".3g"),
-                f"{number(norm['median'][t], '.3g')} ({number(norm['low'][t], '.3g')} to "
-                f"{number(norm['high'][t], '.3g')})",
+                number(norm["median"][t], ".3g"),
+                f"{number(norm['low'][t], '.2g')}–{number(norm['high'][t], '.2g')}",
                 number(noise["floor"][t]),
                 number(None if against is None else against[0], ".0%"),
                 number(None if masks is None else masks[t]),
@@ -79,17 +87,17 @@ def family_table(summary: dict[str, Any]) -> Table:
     short = [name(task, 16) for task in summary["tasks"]]
     header = ["family", "as in", "worst-off task", "steps with a task uphill"]
     lines = [header + [f"{task}: share" for task in short] + [f"{t}: decrease" for t in short]]
-    for row in summary["families"]:
-        lines.append(
-            [
-                row["name"],
-                row["example"],
-                number(row["worst"]),
-                number(row["against"], ".0%"),
-                *(number(share) for share in row["share"]),
-                *(number(part, ".2%") for part in row["decrease"]),
-            ]
-        )
+    lines += [
+        [
+            row["name"],
+            row["example"],
+            number(row["worst"]),
+            number(row["against"], ".0%"),
+            *(number(share) for share in row["share"]),
+            *(number(part, ".2%") for part in row["decrease"]),
+        ]
+        for row in summary["families"]
+    ]
     return lines
 
 

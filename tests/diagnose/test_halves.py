@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_mtl.diagnose.halves import Unsplittable, halves
+from lightning_mtl.diagnose.halves import UnsplittableError, halves
 
 Pair = namedtuple("Pair", "x y")
 
@@ -77,6 +77,6 @@ class Graph:
     ],
 )
 def test_what_cannot_be_divided_says_why(batch, why):
-    with pytest.raises(Unsplittable) as error:
+    with pytest.raises(UnsplittableError) as error:
         halves(batch)
     assert why in str(error.value)

@@ -46,7 +46,12 @@ def test_correction_for_attenuation():
 
 @pytest.mark.parametrize(
     ("below", "count", "low", "high"),
-    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
+    [
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ],
 )
 def test_shares_have_the_intervals_of_newcombe(below: int, count: int, low: float, high: float):
     # Newcombe, Statistics in Medicine 17, 1998, table I, method 3
