@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from lightning_mtl import MultiTaskModule
 
-INPUTS, FEATURES, BATCH, RATE = 16, 16, 32, 3e-3
+INPUTS, FEATURES, BATCH, RATE = 16, 16, 32, 1e-2
 KINDS = ("alike", "unrelated", "scale", "direction", "scale and direction", "noisy task")
 KINDS += ("capacity", "label noise")
 
@@ -106,9 +107,9 @@ class Stream:
 class Student(MultiTaskModule):
     """A shared layer, and a linear head for each task or one for all."""
 
-    def __init__(self, given: Problem) -> None:
+    def __init__(self, given: Problem, steps: int) -> None:
         super().__init__([f"t{t}" for t in range(given.tasks)])
-        self.given = given
+        self.given, self.steps = given, steps
         self.trunk = nn.Sequential(nn.Linear(INPUTS, given.width), nn.Tanh())
         self.heads = nn.Linear(given.width, given.tasks if given.heads else 1)
         if given.heads:  # apart, so that a head belongs to one task
@@ -123,5 +124,7 @@ class Student(MultiTaskModule):
             for t, head in enumerate(heads)
         }
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.Adam(self.parameters(), RATE)
+    def configure_optimizers(self) -> dict[str, Any]:
+        optimizer = torch.optim.Adam(self.parameters(), RATE)
+        decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": decay, "interval": "step"}}

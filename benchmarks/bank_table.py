@@ -2,35 +2,52 @@
 
     python benchmarks/bank_table.py benchmarks/bank.jsonl [--evidence]
 
-reads what ``benchmarks/bank.py`` wrote, prints the tables of docs/diagnose.md, and with
-``--evidence`` writes the counts that the command quotes, lightning_mtl/diagnose/evidence.json.
+reads what ``benchmarks/bank.py`` wrote and prints the tables of docs/diagnose.md. With
+``--evidence`` it writes the counts that the command quotes, lightning_mtl/diagnose/evidence.json.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+import lightning_mtl.diagnose
 from lightning_mtl.compare.verdict import Paired, decide, settled
-from lightning_mtl.diagnose import reading
+from lightning_mtl.diagnose.reading import gains, predicted
+from lightning_mtl.diagnose.summary import STARVED
 
 MARGIN = 1.0
 NAMES = ("LogLoss", "DualBalance", "CentralDirection", "NashMTL", "UPGrad", "CAGrad", "MinNorm")
+EVIDENCE = Path(lightning_mtl.diagnose.__file__).with_name("evidence.json")
 Line = dict[str, Any]
+Said = Callable[[Line, str], bool]
+Score = Callable[[Line, str], float]
 
 
-def helped(line: Line, method: str, *rivals: str) -> bool:
+def _gain(line: Line, name: str) -> float:
+    found = gains(line["diagnosis"])[name]
+    return -1.0 if found is None else found
+
+
+def _conflicts(line: Line) -> float:
+    verdicts = [pair["verdict"] for pair in line["diagnosis"]["pairs"]]
+    return verdicts.count("conflict") / len(verdicts)
+
+
+def better(line: Line, method: str, *rivals: str) -> bool:
     """Whether a method is better than all rivals: paired t-tests over seeds, margin 1 point."""
-    scores = [line["delta_p"][name] for name in (method, *rivals)]
+    scores = np.asarray([line["delta_p"][name] for name in (method, *rivals)])
     found = Paired(scores).between([0], range(1, len(scores)))
-    return decide(settled(found), MARGIN).kind == "yes"
+    return decide(settled(found, scores[:1], scores[1:]), MARGIN).kind == "yes"
 
 
 def counts(pairs: Iterable[tuple[bool, bool]]) -> dict[str, int]:
-    """Said and true, of ``(said, true)``."""
+    """Of ``(said, true)``: how often each went with the other."""
     pairs = list(pairs)
     return {
         "said": sum(said for said, _ in pairs),
@@ -40,27 +57,141 @@ def counts(pairs: Iterable[tuple[bool, bool]]) -> dict[str, int]:
     }
 
 
-def halves(lines: list[Line]) -> tuple[list[Line], list[Line]]:
-    """Every other problem of each kind: to choose numbers on, and to try them on."""
-    return lines[::2], lines[1::2]
+def total(found: Iterable[dict[str, int]]) -> dict[str, int]:
+    found = list(found)
+    return {key: sum(c[key] for c in found) for key in found[0]}
 
 
-def table(header: list[str], rows: Iterable[list[Any]]) -> str:
-    lines = [header, ["---"] * len(header), *([str(c) for c in row] for row in rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def confusion(lines: list[Line], said: Callable[[Line, str], bool], *more: str) -> dict[str, Any]:
-    """Counts of a rule for every family, against equal weighting and ``more`` rivals."""
+def confusion(lines: Sequence[Line], said: Said) -> dict[str, dict[str, int]]:
+    """A rule beside the truth, "better than equal weighting", for every family."""
     return {
-        name: counts((said(line, name), helped(line, name, "equal", *more)) for line in lines)
+        name: counts((said(line, name), better(line, name, "equal")) for line in lines)
         for name in NAMES
     }
 
 
-def rows_of(found: dict[str, dict[str, int]]) -> list[list[Any]]:
-    total = {key: sum(c[key] for c in found.values()) for key in next(iter(found.values()))}
-    return [
-        [n, f"{c['said and true']} of {c['said']}", f"{c['not said but true']} of {c['not said']}"]
-        for n, c in {**found, "all": total}.items()
-    ]
+def halves(lines: Sequence[Line]) -> tuple[list[Line], list[Line]]:
+    """Problems on which the numbers of rules are chosen, and others on which they are tried.
+
+    Both have every kind, and every size of which there are two.
+    """
+    odd = [(line["number"] + (line["tasks"] > 2)) % 2 for line in lines]
+    parts = [[line for line, o in zip(lines, odd, strict=True) if o == part] for part in (0, 1)]
+    return parts[0], parts[1]
+
+
+def slowest(line: Line) -> float:
+    """The pace of the task that is held up most; 1 where none is known."""
+    alone = line["diagnosis"]["alone"].values()
+    return min((row["pace"] for row in alone if row["pace"] is not None), default=1.0)
+
+
+# What could predict, larger for a "yes": of a problem, or of a family on it.
+SCORES: dict[str, Score] = {
+    "a task starves": lambda line, _: -slowest(line),
+    "gradient norms apart": lambda line, _: line["diagnosis"]["norm"]["spread"] or 1.0,
+    "pairs in conflict": lambda line, _: _conflicts(line),
+    "the worst-off task keeps more": _gain,
+    "a task starves, and the worst-off one keeps more": lambda line, name: (
+        _gain(line, name) if slowest(line) < STARVED else -1.0
+    ),
+}
+
+
+def cut(lines: Sequence[Line], score: Score) -> float:
+    """The number from which on to say "could help", by the largest difference of the two rates."""
+    pairs = [(score(line, n), better(line, n, "equal")) for line in lines for n in NAMES]
+    helped = max(1, sum(true for _, true in pairs))
+    others = max(1, len(pairs) - helped)
+
+    def difference(least: float) -> float:
+        right = sum(true for value, true in pairs if value >= least)
+        wrong = sum(not true for value, true in pairs if value >= least)
+        return right / helped - wrong / others
+
+    return max(sorted({value for value, _ in pairs}), key=difference)
+
+
+def by_rule(line: Line, name: str) -> bool:
+    """What the reading says."""
+    return predicted(line["diagnosis"])[name]
+
+
+def without_alone(line: Line, name: str) -> bool:
+    """What it says where no task was trained alone."""
+    return predicted({**line["diagnosis"], "alone": {}})[name]
+
+
+def evidence(lines: Sequence[Line]) -> dict[str, Any]:
+    """What the reading quotes, from the problems that its rule has not seen."""
+    new = halves(lines)[1]
+    fixed = ((by_rule(line, "Scalarization"), better(line, "fixed", "equal")) for line in new)
+    beyond = [better(line, name, "equal", "fixed") for line in new for name in NAMES]
+    return {
+        "problems": len(new),
+        "families": confusion(new, by_rule),
+        "without alone": confusion(new, without_alone),
+        "fixed": counts(fixed),
+        "beyond": {"true": sum(beyond), "all": len(beyond)},
+    }
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    lines = [header, ["---"] * len(header), *([str(c) for c in row] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _cells(c: dict[str, int]) -> list[str]:
+    return [f"{c['said and true']} of {c['said']}", f"{c['not said but true']} of {c['not said']}"]
+
+
+def truths(lines: Sequence[Line]) -> str:
+    """How often each family is better than equal weighting, by kind."""
+    rows = []
+    for kind in dict.fromkeys(line["kind"] for line in lines):
+        of = [line for line in lines if line["kind"] == kind]
+        found = [sum(better(line, name, "equal") for line in of) for name in ("fixed", *NAMES)]
+        rows.append([kind, len(of), *found])
+    return table(["kind", "problems", "fixed weights", *NAMES], rows)
+
+
+def rules(lines: Sequence[Line]) -> str:
+    """Every rule: its number from one half of the problems, its counts on the other."""
+    first, second = halves(lines)
+    rows = []
+    for rule, score in SCORES.items():
+        least = cut(first, score)
+        cells = []
+        for part in (first, second):
+            pairs = [(score(d, n) >= least, better(d, n, "equal")) for d in part for n in NAMES]
+            cells += _cells(counts(pairs))
+        rows.append([rule, f"{least:.2f}", *cells])
+    header = ["rule", "from", "chosen on: right", "missed", "tried on: right", "missed"]
+    return table(header, rows)
+
+
+def verdicts(lines: Sequence[Line]) -> str:
+    """The rule of the reading on the problems that it has not seen, by family."""
+    found = confusion(halves(lines)[1], by_rule)
+    rows = [[name, *_cells(c)] for name, c in found.items()]
+    rows.append(["all", *_cells(total(found.values()))])
+    return table(["family", '"could help", and did', '"no reason seen", and did help'], rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("bank", type=Path)
+    parser.add_argument("--evidence", action="store_true")
+    options = parser.parse_args()
+    lines = [json.loads(line) for line in options.bank.read_text().splitlines()]
+    first, second = halves(lines)
+    print(f"{len(lines)} problems: {len(first)} to choose on, {len(second)} to try\n")
+    print(truths(lines), rules(lines), verdicts(lines), sep="\n\n")
+    found = evidence(lines)
+    print("\nfixed weights:", found["fixed"], "better than both:", found["beyond"])
+    if options.evidence:
+        EVIDENCE.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -13,6 +13,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from lightning_mtl.diagnose.summary import STARVED
+
 EQUAL, FIXED = "EqualWeighting", "Scalarization"
 # Under a family that could help, the worst-off task keeps this much more of its own decrease than
 # under equal weighting: chosen on one half of the bank, tried on the other.
@@ -67,10 +69,17 @@ def gains(summary: dict[str, Any]) -> dict[str, float | None]:
 def predicted(summary: dict[str, Any]) -> dict[str, bool]:
     """Whether each family, and the best fixed weight, could help, by class.
 
+    It could where a task is held up by the others and the family would leave the worst-off task
+    more. Where no task was trained alone, the second has to do.
+
     Args:
         summary: the numbers of a diagnosis.
     """
-    return {n: gain is not None and gain >= GAIN for n, gain in gains(summary).items()}
+    alone = summary["alone"]
+    held_up = not alone or any(row["starves"] for row in alone.values())
+    return {
+        name: held_up and gain is not None and gain >= GAIN for name, gain in gains(summary).items()
+    }
 
 
 def read(summary: dict[str, Any]) -> list[Statement]:
@@ -100,30 +109,34 @@ def _families(summary: dict[str, Any], *, could: bool) -> Statement | None:
     chosen.sort(key=lambda row: -(gain[row["example"]] or 0.0))
     names = tuple(row["example"] for row in chosen)
     listed = ", ".join(f"{row['example']} ({_part(row['worst'])})" for row in chosen)
-    counts = evidence()["families"]
-    which = ("said and true", "said") if could else ("not said but true", "not said")
-    right, all_of = (sum(counts[name][key] for name in names) for key in which)
-    if could:
-        text = (
-            f"{listed}. In brackets is the part of its own decrease that the worst-off task keeps "
-            f"in a step; with equal weighting it is {_part(worst)}."
-        )
-        rule = f"Where at least {GAIN:.2f} more was kept, "
-        rule += f"{right} of {all_of} such trainings of the bank were better than equal weighting"
-        rule += f" ({PAGE})."
-        return Statement(text, "could help", rule, names)
     undefined = [row["example"] for row in chosen if row["worst"] is None]
     text = (
-        f"{listed}. The worst-off task would keep about what equal weighting leaves it, "
-        f"{_part(worst)}, or less."
+        f"{listed}. In brackets is the part of its own decrease that the worst-off task of a step "
+        f"keeps; with equal weighting it is {_part(worst)}."
     )
+    if not could and not any(said.values()) and summary["alone"]:
+        held = [task for task, row in summary["alone"].items() if row["starves"]]
+        text += "" if held else " No task is held up by the others, so there is little to gain."
     if undefined:
         text += f" Not defined here: {', '.join(undefined)} (a loss was not above 0)."
-    rule = (
-        f"Where less than {GAIN:.2f} more was kept, {right} of {all_of} such trainings of the bank "
-        f"were better than equal weighting all the same ({PAGE})."
+    verdict = "could help" if could else "no reason seen"
+    return Statement(text, verdict, _rule(summary, names, could=could), names)
+
+
+def _rule(summary: dict[str, Any], names: tuple[str, ...], *, could: bool) -> str:
+    """The rule for these families, and how often it was right for them."""
+    alone = bool(summary["alone"])
+    counts = evidence()["families" if alone else "without alone"]
+    keys = ("said and true", "said") if could else ("not said but true", "not said")
+    right, of = (sum(counts[name][key] for name in names) for key in keys)
+    rule = f"the worst-off task keeps at least {GAIN:.2f} more"
+    if alone:
+        rule = f"a task is where it would be alone after {STARVED:.0%} of the steps, and {rule}"
+    said = "said so, and was right," if could else "did not, and one helped all the same,"
+    return (
+        f"Rule: {rule}. For these families it {said} in {right} of {of} cases on problems that "
+        f"it was not made from ({PAGE})."
     )
-    return Statement(text, "no reason seen", rule, names)
 
 
 def _fixed(summary: dict[str, Any]) -> Statement | None:

@@ -20,7 +20,7 @@ class Bottleneck(MultiTaskModule):
         broken: the loss of ``near`` becomes NaN at this batch.
         tasks: how many there are.
         width: of the shared layer.
-        apart: whether the targets are of different inputs.
+        apart: whether the targets are different ones.
     """
 
     def __init__(
@@ -39,7 +39,8 @@ class Bottleneck(MultiTaskModule):
     def task_losses(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
         x = batch["x"]
         z = self.trunk(x)
-        targets = x[:, :1] + x[:, 1:2], (x[:, 2:3] - x[:, 3:4] if self.apart else x[:, :1])
+        near = x[:, :1] + x[:, 1:2]
+        targets = near, x[:, 2:3] - x[:, 3:4] if self.apart else near
         losses = {}
         for name, head, y in zip(self.task_names, self.heads, targets):  # noqa: B905 # maybe 1
             losses[name] = (head(z) - y - 0.1 * batch["noise"]).square().mean()

@@ -23,7 +23,7 @@ STEPS = 12
 
 def trained(given, seed: int, weights: list[float], *balancers) -> np.ndarray:
     """Test errors of one network after a training by the Trainer."""
-    model = Student(given)
+    model = Student(given, STEPS)
     w, b, v, c = bank_truth.initial(given, seed)
     with torch.no_grad():
         model.trunk[0].weight.copy_(w.T)
@@ -53,7 +53,8 @@ def trained(given, seed: int, weights: list[float], *balancers) -> np.ndarray:
 @pytest.mark.parametrize("kind", ["scale", "scale and direction"])
 def test_a_stack_of_networks_is_trained_as_each_by_the_trainer(kind: str):
     given = problem(kind, 2, 0)
-    found = bank_truth.train(given, np.asarray([0.5, 1.5]), seeds=2, steps=STEPS)
+    fixed = np.asarray([0.5, 1.5])
+    found = bank_truth.train(given, fixed, seeds=2, steps=STEPS, own_length=True)
     expected = {
         "equal": [1.0, 1.0],
         "fixed": [0.5, 1.5],
