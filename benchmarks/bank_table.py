@@ -18,14 +18,14 @@ import numpy as np
 
 import lightning_mtl.diagnose
 from lightning_mtl.compare.verdict import Paired, decide, settled
-from lightning_mtl.diagnose.reading import gains, predicted
+from lightning_mtl.diagnose.reading import COULD, NONE, OPEN, gains, level
 from lightning_mtl.diagnose.summary import STARVED
 
 MARGIN = 1.0
 NAMES = ("LogLoss", "DualBalance", "CentralDirection", "NashMTL", "UPGrad", "CAGrad", "MinNorm")
+LEVELS = (COULD, OPEN, NONE)
 EVIDENCE = Path(lightning_mtl.diagnose.__file__).with_name("evidence.json")
 Line = dict[str, Any]
-Said = Callable[[Line, str], bool]
 Score = Callable[[Line, str], float]
 
 
@@ -54,19 +54,6 @@ def counts(pairs: Iterable[tuple[bool, bool]]) -> dict[str, int]:
         "said and true": sum(said and true for said, true in pairs),
         "not said": sum(not said for said, _ in pairs),
         "not said but true": sum(true and not said for said, true in pairs),
-    }
-
-
-def total(found: Iterable[dict[str, int]]) -> dict[str, int]:
-    found = list(found)
-    return {key: sum(c[key] for c in found) for key in found[0]}
-
-
-def confusion(lines: Sequence[Line], said: Said) -> dict[str, dict[str, int]]:
-    """A rule beside the truth, "better than equal weighting", for every family."""
-    return {
-        name: counts((said(line, name), better(line, name, "equal")) for line in lines)
-        for name in NAMES
     }
 
 
@@ -112,28 +99,27 @@ def cut(lines: Sequence[Line], score: Score) -> float:
     return max(sorted({value for value, _ in pairs}), key=difference)
 
 
-def by_rule(line: Line, name: str) -> bool:
-    """What the reading says."""
-    return predicted(line["diagnosis"])[name]
-
-
-def without_alone(line: Line, name: str) -> bool:
-    """What it says where no task was trained alone."""
-    return predicted({**line["diagnosis"], "alone": {}})[name]
-
-
 def evidence(lines: Sequence[Line]) -> dict[str, Any]:
-    """What the reading quotes, from the problems that its rule has not seen."""
+    """What the reading quotes, from the problems that its rule has not seen: ``[true, cases]``."""
     new = halves(lines)[1]
-    fixed = ((by_rule(line, "Scalarization"), better(line, "fixed", "equal")) for line in new)
-    beyond = [better(line, name, "equal", "fixed") for line in new for name in NAMES]
-    return {
-        "problems": len(new),
-        "families": confusion(new, by_rule),
-        "without alone": confusion(new, without_alone),
-        "fixed": counts(fixed),
-        "beyond": {"true": sum(beyond), "all": len(beyond)},
+    found: dict[str, Any] = {"problems": len(new)}
+    blind = [{**line["diagnosis"], "alone": {}} for line in new]
+    seen = [line["diagnosis"] for line in new]
+    for key, diagnoses in (("families", seen), ("without alone", blind)):
+        of = {v: [d for d, x in zip(new, diagnoses, strict=True) if level(x) == v] for v in LEVELS}
+        found[key] = {
+            v: {n: [sum(better(d, n, "equal") for d in part), len(part)] for n in NAMES}
+            for v, part in of.items()
+        }
+    of = {v: [d for d in new if level(d["diagnosis"]) == v] for v in LEVELS}
+    found["fixed"] = {
+        v: [sum(better(d, "fixed", "equal") for d in p), len(p)] for v, p in of.items()
     }
+    found["beyond"] = {
+        v: [sum(better(d, n, "equal", "fixed") for d in p for n in NAMES), len(p) * len(NAMES)]
+        for v, p in of.items()
+    }
+    return found
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
@@ -172,10 +158,16 @@ def rules(lines: Sequence[Line]) -> str:
 
 def verdicts(lines: Sequence[Line]) -> str:
     """The rule of the reading on the problems that it has not seen, by family."""
-    found = confusion(halves(lines)[1], by_rule)
-    rows = [[name, *_cells(c)] for name, c in found.items()]
-    rows.append(["all", *_cells(total(found.values()))])
-    return table(["family", '"could help", and did', '"no reason seen", and did help'], rows)
+    found = evidence(lines)
+    of = found["families"]
+    rows: list[list[Any]] = [
+        [name, *(f"{of[v][name][0]} of {of[v][name][1]}" for v in LEVELS)] for name in NAMES
+    ]
+    total = [[sum(pair[i] for pair in of[v].values()) for i in (0, 1)] for v in LEVELS]
+    rows.append(["all", *(f"{helped} of {cases}" for helped, cases in total)])
+    for what, key in (("fixed weights", "fixed"), ("better than fixed weights too", "beyond")):
+        rows.append([what, *(f"{found[key][v][0]} of {found[key][v][1]}" for v in LEVELS)])
+    return table(["family", *(f'"{v}"' for v in LEVELS)], rows)
 
 
 def main() -> None:
@@ -187,10 +179,8 @@ def main() -> None:
     first, second = halves(lines)
     print(f"{len(lines)} problems: {len(first)} to choose on, {len(second)} to try\n")
     print(truths(lines), rules(lines), verdicts(lines), sep="\n\n")
-    found = evidence(lines)
-    print("\nfixed weights:", found["fixed"], "better than both:", found["beyond"])
     if options.evidence:
-        EVIDENCE.write_text(json.dumps(found, indent=1) + "\n")
+        EVIDENCE.write_text(json.dumps(evidence(lines), indent=1) + "\n")
 
 
 if __name__ == "__main__":

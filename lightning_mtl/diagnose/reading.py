@@ -13,12 +13,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from lightning_mtl.diagnose.summary import STARVED
-
 EQUAL, FIXED = "EqualWeighting", "Scalarization"
-# Under a family that could help, the worst-off task keeps this much more of its own decrease than
-# under equal weighting: chosen on one half of the bank, tried on the other.
-GAIN = 0.1
+# From this factor between the longest and the shortest gradient on, families of balancers helped in
+# the bank: chosen on one part of its problems, tried on the others.
+SPREAD = 3.6
+COULD, OPEN, NONE = "could help", "cannot tell", "no reason seen"
 NOISY = 0.1  # a floor below which a gradient is nearly all noise; a convention, no rule
 PAGE = "docs/diagnose.md"
 
@@ -29,7 +28,7 @@ class Statement:
 
     Attributes:
         text: what is said.
-        verdict: ``could help``, ``no reason seen`` or empty.
+        verdict: ``could help``, ``cannot tell``, ``no reason seen`` or empty.
         rule: what it rests on, and how often that was right.
         methods: the balancers that it is about, by class.
     """
@@ -66,20 +65,18 @@ def gains(summary: dict[str, Any]) -> dict[str, float | None]:
     }
 
 
-def predicted(summary: dict[str, Any]) -> dict[str, bool]:
-    """Whether each family, and the best fixed weight, could help, by class.
+def level(summary: dict[str, Any]) -> str:
+    """Whether balancing could help: :data:`COULD`, :data:`OPEN` or :data:`NONE`.
 
-    It could where a task is held up by the others and the family would leave the worst-off task
-    more. Where no task was trained alone, the second has to do.
+    It could where task gradients differ in length. Where they do not and a task is held up by the
+    others all the same, some families helped in the bank and others did not.
 
     Args:
         summary: the numbers of a diagnosis.
     """
-    alone = summary["alone"]
-    held_up = not alone or any(row["starves"] for row in alone.values())
-    return {
-        name: held_up and gain is not None and gain >= GAIN for name, gain in gains(summary).items()
-    }
+    if (summary["norm"]["spread"] or 1.0) >= SPREAD:
+        return COULD
+    return OPEN if any(row["starves"] for row in summary["alone"].values()) else NONE
 
 
 def read(summary: dict[str, Any]) -> list[Statement]:
@@ -88,76 +85,74 @@ def read(summary: dict[str, Any]) -> list[Statement]:
     Args:
         summary: the numbers of a diagnosis.
     """
-    found = [_families(summary, could=True), _fixed(summary), _families(summary, could=False)]
-    seen = [_scales(summary), _conflicts(summary), _noise(summary), _starved(summary)]
+    found = [_families(summary), _fixed(summary), _scales(summary), _starved(summary)]
+    found += [_conflicts(summary), _noise(summary)]
     notes = [Statement(note) for note in summary.get("notes", ())]
-    return [s for s in (*found, *seen, *notes, _next(summary)) if s is not None]
+    return [s for s in (*found, *notes, _next(summary)) if s is not None]
 
 
-def _families(summary: dict[str, Any], *, could: bool) -> Statement | None:
+def _families(summary: dict[str, Any]) -> Statement:
     rows = [row for row in summary["families"] if row["example"] not in (EQUAL, FIXED)]
-    said, gain = predicted(summary), gains(summary)
-    chosen = [row for row in rows if said[row["example"]] is could]
     if not rows:
-        if could:
-            return None
         text = "No measured step had all tasks, so that nothing can be said of families of methods."
         return Statement(text)
-    if not chosen:
-        return None
+    verdict, gain = level(summary), gains(summary)
+    rows.sort(key=lambda row: -(gain[row["example"]] or 0.0))
+    names = tuple(row["example"] for row in rows)
     worst = next(row["worst"] for row in summary["families"] if row["example"] == EQUAL)
-    chosen.sort(key=lambda row: -(gain[row["example"]] or 0.0))
-    names = tuple(row["example"] for row in chosen)
-    listed = ", ".join(f"{row['example']} ({_part(row['worst'])})" for row in chosen)
-    undefined = [row["example"] for row in chosen if row["worst"] is None]
+    listed = ", ".join(f"{row['example']} ({_part(row['worst'])})" for row in rows)
+    undefined = [row["example"] for row in rows if row["worst"] is None]
+    why = {
+        COULD: "The longest task gradient sets the step. ",
+        OPEN: "Task gradients are about as long as one another, yet a task is held up. ",
+        NONE: "Task gradients are about as long as one another, and no task is held up. ",
+    }[verdict]
+    if verdict == NONE and not summary["alone"]:
+        why = "Task gradients are about as long as one another; whether one is held up is unknown. "
     text = (
-        f"{listed}. In brackets is the part of its own decrease that the worst-off task of a step "
-        f"keeps; with equal weighting it is {_part(worst)}."
+        f"{why}Families by what the worst-off task of a step keeps of its own decrease (with equal "
+        f"weighting {_part(worst)}): {listed}."
     )
-    if not could and not any(said.values()) and summary["alone"]:
-        held = [task for task, row in summary["alone"].items() if row["starves"]]
-        text += "" if held else " No task is held up by the others, so there is little to gain."
     if undefined:
         text += f" Not defined here: {', '.join(undefined)} (a loss was not above 0)."
-    verdict = "could help" if could else "no reason seen"
-    return Statement(text, verdict, _rule(summary, names, could=could), names)
+    return Statement(text, verdict, _rule(summary, verdict), names)
 
 
-def _rule(summary: dict[str, Any], names: tuple[str, ...], *, could: bool) -> str:
-    """The rule for these families, and how often it was right for them."""
-    alone = bool(summary["alone"])
-    counts = evidence()["families" if alone else "without alone"]
-    keys = ("said and true", "said") if could else ("not said but true", "not said")
-    right, of = (sum(counts[name][key] for name in names) for key in keys)
-    rule = f"the worst-off task keeps at least {GAIN:.2f} more"
-    if alone:
-        rule = f"a task is where it would be alone after {STARVED:.0%} of the steps, and {rule}"
-    said = "said so, and was right," if could else "did not, and one helped all the same,"
+def _rule(summary: dict[str, Any], verdict: str) -> str:
+    """The rule, and how often families helped where it said the same."""
+    counts = evidence()["families" if summary["alone"] else "without alone"][verdict]
+    each = ", ".join(f"{name} {helped} of {of}" for name, (helped, of) in counts.items())
+    total = [sum(pair[i] for pair in counts.values()) for i in (0, 1)]
+    rule = f"the longest gradient is {SPREAD} times the shortest"
+    if verdict != COULD:
+        rule = f"it is not {SPREAD} times the shortest"
+        if summary["alone"]:
+            rule += f", and {'a' if verdict == OPEN else 'no'} task is held up"
     return (
-        f"Rule: {rule}. For these families it {said} in {right} of {of} cases on problems that "
-        f"it was not made from ({PAGE})."
+        f"Rule: {rule}. On problems that it was not made from, families were better than equal "
+        f"weighting in {total[0]} of {total[1]} such cases ({each}; {PAGE})."
     )
 
 
 def _fixed(summary: dict[str, Any]) -> Statement | None:
     row = next((r for r in summary["families"] if r["example"] == FIXED), None)
-    if row is None or not predicted(summary)[FIXED]:
+    if row is None or level(summary) != COULD:
         return None
     weights = ", ".join(
         f"{task}: {weight:.3g}"
         for task, weight in zip(summary["tasks"], summary["fixed_weights"], strict=True)
     )
-    counts = evidence()["fixed"]
+    helped, of = evidence()["fixed"][COULD]
+    beyond, cases = evidence()["beyond"][COULD]
     text = (
         f"Scalarization with the weights {{{weights}}} ({_part(row['worst'])}), which cost "
         f"nothing. Every balancer has to be better than these: put them into the file of balancers."
     )
     rule = (
-        f"Such weights were better than equal ones in {counts['said and true']} of "
-        f"{counts['said']} problems of the bank, and a family was better than both in "
-        f"{evidence()['beyond']['true']} of {evidence()['beyond']['all']} trainings ({PAGE})."
+        f"Such weights were better than equal ones in {helped} of {of} problems of the bank with "
+        f"this verdict, and a family was better than both in {beyond} of {cases} cases ({PAGE})."
     )
-    return Statement(text, "could help", rule, (FIXED,))
+    return Statement(text, COULD, rule, (FIXED,))
 
 
 def _scales(summary: dict[str, Any]) -> Statement | None:
@@ -237,18 +232,15 @@ def _starved(summary: dict[str, Any]) -> Statement | None:
 
 
 def _next(summary: dict[str, Any]) -> Statement:
-    names = [n for n, said in predicted(summary).items() if said] if summary["families"] else []
-    if names:
-        text = (
-            "This is a prediction. `lightning-mtl compare` with these in the file of balancers, "
-            "beside equal and fixed weights, is the proof."
-        )
-    else:
-        text = (
+    if level(summary) == NONE:
+        return Statement(
             "This is a prediction. Before a comparison of many balancers, look at capacity, data "
             "and learning rate."
         )
-    return Statement(text)
+    return Statement(
+        "This is a prediction. `lightning-mtl compare` with one method of a family each, beside "
+        "equal and fixed weights, is the proof."
+    )
 
 
 def _part(value: float | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -15,7 +16,8 @@ import lightning_mtl
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "benchmarks"))
 
-import bank_truth  # noqa: E402 # benchmarks are scripts: their folder is their path
+import bank_table  # noqa: E402 # benchmarks are scripts: their folder is their path
+import bank_truth  # noqa: E402
 from bank_problems import Stream, Student, problem  # noqa: E402
 
 STEPS = 12
@@ -69,3 +71,32 @@ def test_a_stack_of_networks_is_trained_as_each_by_the_trainer(kind: str):
         weights, balancers = (how, ()) if isinstance(how, list) else ([1.0, 1.0], (how,))
         ends = trained(given, 1, weights, *balancers)
         np.testing.assert_allclose(found[name][1], ends, rtol=2e-3, err_msg=name)
+
+
+def records() -> list[dict]:
+    text = (ROOT / "benchmarks" / "bank.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_what_the_command_quotes_is_what_the_bank_says():
+    assert json.loads(bank_table.EVIDENCE.read_text()) == bank_table.evidence(records())
+
+
+def test_the_tables_of_the_page_are_those_of_the_bank():
+    page = (ROOT / "docs" / "diagnose.md").read_text(encoding="utf-8")
+    for table in (bank_table.truths, bank_table.rules, bank_table.verdicts):
+        assert table(records()) in page, table.__name__
+
+
+def test_rules_are_tried_on_problems_that_they_are_not_made_from():
+    first, second = bank_table.halves(records())
+    names = [line["problem"] for line in first + second]
+    assert len(set(names)) == len(names) == len(records())
+    assert {line["kind"] for line in first} == {line["kind"] for line in second}
+
+
+def test_better_needs_every_rival_and_the_margin():
+    line = {"delta_p": {"new": [5.0, 6.0, 5.5], "low": [1.0, 2.2, 1.4], "near": [4.7, 5.6, 5.0]}}
+    assert bank_table.better(line, "new", "low")
+    assert not bank_table.better(line, "new", "low", "near")  # certain, and below the margin
+    assert not bank_table.better(line, "low", "new")
