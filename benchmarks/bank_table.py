@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 
 import lightning_mtl.diagnose
-from lightning_mtl.compare.verdict import Paired, decide, settled
+from lightning_mtl.compare.verdict import Paired, as_good_within, better_than_all, settled
 from lightning_mtl.diagnose.reading import COULD, NONE, OPEN, gains, level
 from lightning_mtl.diagnose.summary import STARVED
 
-MARGIN = 1.0
+MARGIN, ALPHA = 1.0, 0.05
 NAMES = ("LogLoss", "DualBalance", "CentralDirection", "NashMTL", "UPGrad", "CAGrad", "MinNorm")
 LEVELS = (COULD, OPEN, NONE)
 EVIDENCE = Path(lightning_mtl.diagnose.__file__).with_name("evidence.json")
@@ -43,7 +43,10 @@ def better(line: Line, method: str, *rivals: str) -> bool:
     """Whether a method is better than all rivals: paired t-tests over seeds, margin 1 point."""
     scores = np.asarray([line["delta_p"][name] for name in (method, *rivals)])
     found = Paired(scores).between([0], range(1, len(scores)))
-    return decide(settled(found, scores[:1], scores[1:]), MARGIN).kind == "yes"
+    found = settled(found, scores[:1], scores[1:])
+    # what `decide` calls "yes", without its search for the number of seeds
+    certain = better_than_all(found, ALPHA).any()
+    return bool(certain and not as_good_within(found, MARGIN, ALPHA).any())
 
 
 def counts(pairs: Iterable[tuple[bool, bool]]) -> dict[str, int]:
