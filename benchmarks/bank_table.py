@@ -103,7 +103,7 @@ def cut(lines: Sequence[Line], score: Score) -> float:
 
 
 def evidence(lines: Sequence[Line]) -> dict[str, Any]:
-    """What the reading quotes, from the problems that its rule has not seen: ``[true, cases]``."""
+    """What the reading quotes, from problems that its number was not chosen on: ``[true, cases]``."""
     new = halves(lines)[1]
     found: dict[str, Any] = {"problems": len(new)}
     blind = [{**line["diagnosis"], "alone": {}} for line in new]
@@ -145,7 +145,7 @@ def truths(lines: Sequence[Line]) -> str:
 
 
 def rules(lines: Sequence[Line]) -> str:
-    """Every rule: its number from one half of the problems, its counts on the other."""
+    """Every rule: its number from the first problems, its counts on both."""
     first, second = halves(lines)
     rows = []
     for rule, score in SCORES.items():
@@ -160,7 +160,7 @@ def rules(lines: Sequence[Line]) -> str:
 
 
 def verdicts(lines: Sequence[Line]) -> str:
-    """The rule of the reading on the problems that it has not seen, by family."""
+    """The rule of the reading on the problems its number was not chosen on, by family."""
     found = evidence(lines)
     of = found["families"]
     rows: list[list[Any]] = [

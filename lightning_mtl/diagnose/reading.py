@@ -15,7 +15,7 @@ from typing import Any
 
 EQUAL, FIXED = "EqualWeighting", "Scalarization"
 # From this factor between the longest and the shortest gradient on, families of balancers helped in
-# the bank: chosen on one part of its problems, tried on the others.
+# the bank: the number is from 8 of its problems, and was tried on 19 others.
 SPREAD = 3.6
 COULD, OPEN, NONE = "could help", "cannot tell", "no reason seen"
 NOISY = 0.1  # a floor below which a gradient is nearly all noise; a convention, no rule
@@ -129,8 +129,8 @@ def _rule(summary: dict[str, Any], verdict: str) -> str:
         if summary["alone"]:
             rule += f", and {'a' if verdict == OPEN else 'no'} task is held up"
     return (
-        f"Rule: {rule}. On problems that it was not made from, families were better than equal "
-        f"weighting in {total[0]} of {total[1]} such cases ({each}; {PAGE})."
+        f"Rule: {rule}. On small problems that its number was not chosen on, families were better "
+        f"than equal weighting in {total[0]} of {total[1]} such cases ({each}; {PAGE})."
     )
 
 
