@@ -103,7 +103,7 @@ def cut(lines: Sequence[Line], score: Score) -> float:
 
 
 def evidence(lines: Sequence[Line]) -> dict[str, Any]:
-    """What the reading quotes, from problems that its number was not chosen on: ``[true, cases]``."""
+    """What the reading quotes, from problems its number was not chosen on: ``[true, cases]``."""
     new = halves(lines)[1]
     found: dict[str, Any] = {"problems": len(new)}
     blind = [{**line["diagnosis"], "alone": {}} for line in new]
