@@ -1,4 +1,4 @@
-"""The command ``lightning-mtl fit | validate | test | predict | compare | report``."""
+"""The command ``lightning-mtl fit | validate | test | predict | diagnose | compare | report``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ def main(args: Sequence[str] | None = None) -> int | None:
         args: command line without the program's name; ``None`` for that of the process.
 
     Returns:
-        The exit status of ``compare`` and ``report``; ``None`` for Lightning's commands.
+        The exit status of ``diagnose``, ``compare`` and ``report``; ``None`` for Lightning's
+        commands.
     """
     args = list(sys.argv[1:] if args is None else args)
     use_current_directory()
@@ -27,6 +28,10 @@ def main(args: Sequence[str] | None = None) -> int | None:
             file=sys.stderr,
         )
         return 2
+    if args[:1] == ["diagnose"]:
+        from lightning_mtl.diagnose.command import main as diagnose
+
+        return diagnose(args[1:])
     if args[:1] == ["compare"]:
         from lightning_mtl.compare.command import main as compare
 

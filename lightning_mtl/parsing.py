@@ -19,8 +19,9 @@ import lightning_mtl  # the short names of balancers resolve once they are impor
 CLI_EXTRA = RequirementCache("jsonargparse[signatures]>=4.39,<5")
 _DESCRIPTION = (
     "Train, balance and compare multi-task models. The commands below are Lightning's own for "
-    "any MultiTaskModule; `lightning-mtl compare --help` shows how to compare balancers over "
-    "seeds with single-task baselines."
+    "any MultiTaskModule; `lightning-mtl diagnose --help` shows how to look at the task gradients "
+    "of a short run first, `lightning-mtl compare --help` how to compare balancers over seeds with "
+    "single-task baselines."
 )
 
 if TYPE_CHECKING or CLI_EXTRA:

@@ -15,7 +15,7 @@ PACKAGE = Path(lightning_mtl.__file__).parent
 # floor and from those below.
 FLOORS = [
     ["__main__", "cli"],
-    ["compare", "parsing"],
+    ["compare", "diagnose", "parsing"],
     ["__init__"],
     ["module", "monitor", "reserved", "inherit"],
     ["trainer"],
