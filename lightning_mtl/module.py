@@ -17,7 +17,9 @@ from lightning_mtl.contract import OnBadLoss, TaskModule
 from lightning_mtl.engine.losses import check_task_names, known_tasks
 from lightning_mtl.engine.record import StepRecord
 from lightning_mtl.engine.step import Flow
-from lightning_mtl.inherit import (
+from lightning_mtl.numerics.storage import Memory
+from lightning_mtl.saved import entry
+from lightning_mtl.subclasses.inherit import (
     adopt,
     check_constructed,
     check_constructor,
@@ -28,9 +30,7 @@ from lightning_mtl.inherit import (
     with_index,
     without_others,
 )
-from lightning_mtl.numerics.storage import Memory
-from lightning_mtl.reserved import GUARDED, assigned, check_class
-from lightning_mtl.saved import entry
+from lightning_mtl.subclasses.reserved import GUARDED, assigned, check_class
 from lightning_mtl.task import Task
 from lightning_mtl.trainer.evaluation import Evaluation
 from lightning_mtl.trainer.flags import TrainerFlags

@@ -16,8 +16,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from lightning_mtl import MultiTaskModule, Task
-from lightning_mtl.inherit import _BOTH, _INSTEAD
-from lightning_mtl.reserved import _ARGUMENTS, _METHODS, RESERVED
+from lightning_mtl.subclasses.inherit import _BOTH, _INSTEAD
+from lightning_mtl.subclasses.reserved import _ARGUMENTS, _METHODS, RESERVED
 from tests.common.models import Balanced, loader, trainer
 from tests.common.places import ROOT
 

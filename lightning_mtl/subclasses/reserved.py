@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from lightning_mtl.arguments import one_of, whole
 from lightning_mtl.contract import OnBadLoss, TaskModule
 from lightning_mtl.engine.step import Flow
-from lightning_mtl.inherit import with_index
 from lightning_mtl.numerics.storage import Memory
+from lightning_mtl.subclasses.inherit import with_index
 from lightning_mtl.task import Task
 from lightning_mtl.trainer.evaluation import Evaluation
 

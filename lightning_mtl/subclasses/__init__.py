@@ -1,0 +1,1 @@
+"""What classes that users derive may be: other bases, and names that are taken."""
