@@ -86,6 +86,7 @@ def _shown(
 ) -> tuple[list[Record], dict[str, list[Record]]]:
     """The runs that are asked for, and the curves that are there."""
     seeds = math.inf if about.seeds is None else about.seeds
+    records = [record for record in records if "trial" not in record]
     shown = [record for record in records if record["seed"] < min(seeds, FIRST_FRESH)]
     if plan is not None:
         chosen = {plan.balancer, *plan.rivals}
@@ -124,7 +125,7 @@ def read(folder: Path) -> tuple[About, list[Record], list[str]]:
                 f"Expected every line of {path} to be the record of a run, but found at line "
                 f"{number}: {shortened(str(error), 300)}. Correct or remove that line."
             ) from error
-        run = Run(record["kind"], record["method"], record["seed"], record.get("task"))
+        run = Run.of(record)
         if run in records:
             notes.append(f"line {number} of {path} is about {run.label} once more and replaces it")
         records[run] = record

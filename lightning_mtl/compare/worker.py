@@ -13,7 +13,7 @@ import time
 import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from multiprocessing import parent_process
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -28,8 +28,10 @@ from lightning_mtl.compare.build import RunCLI, callbacks_from
 from lightning_mtl.compare.folder import file_hash, leave_locks
 from lightning_mtl.compare.grid import Run
 from lightning_mtl.compare.recorders import CurveRecorder, PeakMemory, StepTimer
+from lightning_mtl.compare.selection import LAST, Kept
 from lightning_mtl.compare.stopping import left_to_parent
 from lightning_mtl.compare.texts import error_text
+from lightning_mtl.compare.tuning.settings import arguments, with_settings
 from lightning_mtl.parsing import use_current_directory
 
 _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
@@ -44,9 +46,14 @@ class Job:
         config: path of the config.
         config_hash: its content when the comparison started.
         methods: callbacks of every balancer, by name.
-        metrics: ``{task: {metric: name it is logged under}}``.
+        metrics: ``{task: {metric: name it is logged under}}``, on ``split``.
         split: ``val`` or ``test``.
         logs: folder for what runs print.
+        directions: ``{task: {metric: higher is better}}``.
+        validation: as ``metrics``, on validation data, which trials are evaluated on.
+        select: which weights of a training count, see :mod:`lightning_mtl.compare.selection`.
+        last_k: how many of them, with ``last_k_mean``.
+        reference: single-task metrics on validation data, for ``best_val``.
     """
 
     config: str
@@ -55,12 +62,17 @@ class Job:
     metrics: Mapping[str, Mapping[str, str]]
     split: str
     logs: Path
+    directions: Mapping[str, Mapping[str, bool]]
+    validation: Mapping[str, Mapping[str, str]]
+    select: str = LAST
+    last_k: int = 1
+    reference: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
 def work(run: Run, job: Job, connection: Connection) -> None:
     """Do ``run`` in this process and send its record; never raises."""
     left_to_parent()
-    _end_with_parent()
+    end_with_parent()
     leave_locks()
     use_current_directory()
     torch.set_num_threads(1)  # the same sums in the same order, however many workers there are
@@ -100,7 +112,7 @@ def _check_config(job: Job) -> None:
         )
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """End when the command does, however it ends.
 
     On Linux the system sees to it, whatever this process is doing. Elsewhere a thread does, which
@@ -124,14 +136,24 @@ def _wait_for(sentinel: Any) -> None:
 
 def _train(run: Run, job: Job) -> dict[str, Any]:
     """Train and evaluate: metrics, and curves for seed 0."""
-    callbacks = callbacks_from(run.method, job.methods.get(run.method, []))
+    callbacks = _callbacks(run, job)
     recorder = None
     # Asking for task gradients would change the rounding of methods that take one backward pass:
     # they are recorded where they exist anyway, and for equal weighting in a run of its own.
     if run.kind == "curves" or (run.seed == 0 and _collects_gradients(callbacks)):
         recorder = CurveRecorder()
         callbacks.append(recorder)
-    cli = RunCLI(job.config, run.seed, callbacks)
+    split = job.split if run.trial is None else "val"
+
+    def read(split: str) -> dict[str, dict[str, float]]:
+        names = job.metrics if split == job.split else job.validation
+        return _metrics(run, names, cli.trainer.callback_metrics)
+
+    kept = None
+    if job.select != LAST and run.kind == "train":
+        kept = Kept(job.select, job.last_k, lambda _: read("val"), job.directions, job.reference)
+        callbacks.append(kept)
+    cli = RunCLI(job.config, run.seed, callbacks, overrides=arguments(run.settings))
     if run.task is not None:
         cli.model.active_tasks = [run.task]
     seed_everything(
@@ -146,22 +168,33 @@ def _train(run: Run, job: Job) -> dict[str, Any]:
     result: dict[str, Any] = {"steps": cli.trainer.global_step}
     if recorder is not None:
         result["curves"] = recorder.points
+
+    def evaluate() -> dict[str, dict[str, float]]:
+        stage = cli.trainer.test if split == "test" else cli.trainer.validate
+        stage(cli.model, datamodule=cli.datamodule, verbose=False)
+        return read(split)
+
     if run.kind == "train":
-        evaluate = cli.trainer.test if job.split == "test" else cli.trainer.validate
-        evaluate(cli.model, datamodule=cli.datamodule, verbose=False)
-        result["metrics"] = _metrics(run, job, cli.trainer.callback_metrics)
+        result["metrics"] = evaluate() if kept is None else kept.mean(cli.model, evaluate)
     return result
+
+
+def _callbacks(run: Run, job: Job) -> list[Callback]:
+    specs = with_settings(job.methods.get(run.method, []), run.settings)
+    return callbacks_from(run.method, specs)
 
 
 def _collects_gradients(callbacks: Sequence[Callback]) -> bool:
     return any(isinstance(c, GradientBalancer) and c.needs_jacobian for c in callbacks)
 
 
-def _metrics(run: Run, job: Job, logged: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+def _metrics(
+    run: Run, names: Mapping[str, Mapping[str, str]], logged: Mapping[str, Any]
+) -> dict[str, dict[str, float]]:
     found: dict[str, dict[str, float]] = {}
-    for task in job.metrics if run.task is None else [run.task]:
+    for task in names if run.task is None else [run.task]:
         found[task] = {}
-        for metric, name in job.metrics[task].items():
+        for metric, name in names[task].items():
             if name not in logged:
                 raise ValueError(
                     f"Expected metric `{name}` of task `{task}` after evaluation but found "
@@ -184,11 +217,11 @@ def _time(run: Run, job: Job) -> dict[str, Any]:
     a while slows both: their ratio means more than either time.
     """
     memory = PeakMemory()
-    specs = job.methods[run.method]
     steps, ratios = [], []
+    plain = replace(run, method="", settings=None)  # equal weighting
     for turn in range(_TURNS):
-        steps.append(_step(run, job, specs, *([memory] if turn == 0 else [])))
-        ratios.append(steps[-1] / _step(run, job, []))
+        steps.append(_step(run, job, *([memory] if turn == 0 else [])))
+        ratios.append(steps[-1] / _step(plain, job))
     return {
         "step_ms": round(1000 * statistics.median(steps), 4),
         "step_ratio": round(statistics.median(ratios), 4),
@@ -196,10 +229,10 @@ def _time(run: Run, job: Job) -> dict[str, Any]:
     }
 
 
-def _step(run: Run, job: Job, specs: Sequence[Mapping[str, Any]], *more: Callback) -> float:
+def _step(run: Run, job: Job, *more: Callback) -> float:
     """Median seconds of an optimiser step of a short training."""
     timer = StepTimer()
-    callbacks = [*callbacks_from(run.method, specs), *more, timer]
+    callbacks = [*_callbacks(run, job), *more, timer]
     short = {
         "max_steps": timer.most,
         "max_epochs": -1,
@@ -207,6 +240,13 @@ def _step(run: Run, job: Job, specs: Sequence[Mapping[str, Any]], *more: Callbac
         "min_steps": None,
         "limit_val_batches": 1,
     }
-    cli = RunCLI(job.config, run.seed, callbacks, short, may_stop_early=False)
+    cli = RunCLI(
+        job.config,
+        run.seed,
+        callbacks,
+        short,
+        may_stop_early=False,
+        overrides=arguments(run.settings),
+    )
     cli.trainer.fit(cli.model, datamodule=cli.datamodule)
     return statistics.median(timer.durations())
