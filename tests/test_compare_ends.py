@@ -16,7 +16,6 @@ import pytest
 
 from lightning_mtl.cli import main
 from tests.compare_runs import (
-    CONFIG,
     MODEL,
     files,
     finished,
@@ -181,12 +180,3 @@ def test_a_disk_without_room_for_the_start(small_disk: Path, tmp_path: Path, mon
     assert not captured.out
     assert "No space left on device" in captured.err
     assert captured.err.count("\n") == 1
-
-
-def test_a_run_without_a_step_has_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.chdir(tmp_path)
-    config = {**CONFIG, "data": {"class_path": MODEL + "NoBatch"}}
-    assert main(["compare", *files(tmp_path, {"equal": []}, config)]) == 1
-    trained = [r for r in records(tmp_path) if r["kind"] == "train"]
-    assert {r["status"] for r in trained} == {"failed"}
-    assert "Expected training to make optimiser steps" in trained[0]["error"]

@@ -176,6 +176,26 @@ def callbacks_from(name: str, specs: Sequence[Mapping[str, Any]]) -> list[Callba
     return found
 
 
+def callbacks_with(
+    name: str, specs: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]
+) -> list[Callback]:
+    """Instantiate the callbacks of an entry with settings that it tries.
+
+    Raises:
+        CompareError: an argument that does not exist, or a value that it does not take.
+    """
+    try:
+        return callbacks_from(name, with_settings(specs, settings))
+    except CompareError as error:
+        if not settings:
+            raise
+        shown = ", ".join(f"`{key}: {value!r}`" for key, value in settings.items())
+        raise CompareError(
+            f"Expected `{name}` to try values that its callbacks and the config take, but found "
+            f"{shortened(shown, 300)}. {error}"
+        ) from error
+
+
 def _reason(class_path: str, error: BaseException) -> str:
     known = [n for n in lightning_mtl.__all__ if _is_balancer(getattr(lightning_mtl, n))]
     near = difflib.get_close_matches(class_path, known, 1)
@@ -230,7 +250,8 @@ def check_space(
                 with redirect_stderr(printed):
                     cli.parser.parse_args([*cli.given, *options])
             else:
-                fits(callbacks_from(name, with_settings(specs, settings)))
+                whole = {**space.first(), **settings}  # which may be needed beside one another
+                fits(callbacks_with(name, specs, whole))
         except (Exception, SystemExit) as error:
             why = printed.getvalue().strip().removeprefix("error: ") or error_text(error)
             raise CompareError(

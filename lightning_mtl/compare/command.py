@@ -260,7 +260,7 @@ def _about(request: Request, phases: Phases, options: argparse.Namespace, comman
         remarks=fairness(
             kinds,
             choices,
-            request.rivals.missing,
+            phases.missing,
             phases.unjudged(),
             request.split,
             request.rehearsal.same_data,

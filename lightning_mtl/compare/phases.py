@@ -29,7 +29,9 @@ class Phases:
         workers: processes side by side.
 
     Attributes:
-        factor: how many times as many steps the longer rival makes; ``None`` until it is known.
+        factor: how many times as many steps the longer rival makes; ``None`` until it is known, and
+            where there is none.
+        missing: why rivals are not there, in words.
     """
 
     def __init__(self, request: Request, results: Results, seeds: int, workers: int) -> None:
@@ -39,6 +41,7 @@ class Phases:
         self._tuning = Tuning(spaces, list(request.methods), request.directions, results.records)
         self._needs_trials = bool(spaces) or request.select == BEST
         self.factor: float | None = None
+        self.missing = list(request.rivals.missing)
         self._started = time.monotonic()
 
     def elapsed(self) -> float:
@@ -88,11 +91,16 @@ class Phases:
         runs = [run for run in self.runs() if run.method == rival]
         records = {run: self.results.records[run] for run in runs if run in self.results.records}
         done = [self._factor_of(record) for record in records.values()]
-        self.factor = max([self._slowest(), *done])
+        factor = max([self._slowest(), *done])
+        if factor <= 1:
+            self.missing.append(f"{rival} left out, because no balancer takes longer")
+            self.request.drop(rival)
+            return
+        self.factor = factor
         for run, record in records.items():
-            if self._factor_of(record) < self.factor:  # a balancer added since is slower still
+            if self._factor_of(record) < factor:  # a balancer added since is slower still
                 del self.results.records[run]
-        say(f"\n{rival}: {self.factor:.2f} times the steps, as long as the slowest balancer takes")
+        say(f"\n{rival}: {factor:.2f} times the steps, as long as the slowest balancer takes")
         self.train(self.with_settings(runs))
 
     def train(self, runs: Sequence[Run]) -> None:
@@ -102,10 +110,14 @@ class Phases:
     # --------------------------------------------------------------------------------------- runs
 
     def runs(self) -> list[Run]:
-        """The runs of the grid with their settings; none of rows for which none were chosen."""
+        """The runs of the grid with their settings; none of rows for which none were chosen.
+
+        A step of a rival is one of equal weighting with other numbers, and is not measured again.
+        """
         request = self.request
         runs = plan(list(request.directions), list(request.methods), request.equal, self.seeds)
-        return self.with_settings(r for r in runs if r.kind == "train" or r.method != NAMES[TIME])
+        rivals = request.rivals.methods
+        return self.with_settings(r for r in runs if r.kind != "timing" or r.method not in rivals)
 
     def with_settings(self, runs: Iterable[Run]) -> list[Run]:
         """The runs with what was chosen for their rows."""

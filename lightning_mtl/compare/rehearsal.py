@@ -125,6 +125,7 @@ def _rehearse(config: str, stages: list[str], connection: Connection) -> None:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, 1)
         os.dup2(nowhere, 2)
+        sys.stdout = sys.stderr = os.fdopen(nowhere, "w")
     for stage in stages:
         try:
             _stage(stage, config, found)

@@ -16,7 +16,7 @@ from lightning_mtl.compare import CompareError
 from lightning_mtl.compare.build import (
     RunCLI,
     build,
-    callbacks_from,
+    callbacks_with,
     check_space,
     kind_of,
     read_balancers,
@@ -26,6 +26,7 @@ from lightning_mtl.compare.grid import SINGLE
 from lightning_mtl.compare.rehearsal import Rehearsal, rehearse
 from lightning_mtl.compare.selection import LAST, LAST_K
 from lightning_mtl.compare.tuning.rivals import DECAY, NAMES, TIME, WEIGHTS, add_rivals
+from lightning_mtl.compare.tuning.space import Settings
 from lightning_mtl.compare.worker import Job
 from lightning_mtl.compare.yaml_file import YamlFile
 from lightning_mtl.engine.stages import attached_balancers, check_tasks
@@ -72,7 +73,10 @@ class Request:
         self._config = config.content
         entries = read_balancers(options.balancers, balancers.content)
         self.methods, self.spaces = entries.methods, entries.spaces
-        callbacks = {name: callbacks_from(name, specs) for name, specs in self.methods.items()}
+        callbacks = {
+            name: callbacks_with(name, specs, self._first(name))
+            for name, specs in self.methods.items()
+        }
         self.kinds = {name: kind_of(found) for name, found in callbacks.items()}
         if "equal" not in self.kinds.values():  # the reference of the answer and of step times
             if "equal" in self.methods:
@@ -112,6 +116,9 @@ class Request:
             f"{type(p).__module__}.{type(p).__qualname__}": source_hash(type(p)) for p in parts
         }
 
+    def _first(self, name: str) -> Settings:
+        return self.spaces[name].first() if name in self.spaces else {}
+
     def _check_callbacks(
         self, cli: RunCLI, callbacks: Mapping[str, list[Callback]], tasks: Sequence[str]
     ) -> None:
@@ -139,13 +146,15 @@ class Request:
         found = rehearse(self.config, list(dict.fromkeys([*needed, *more])))
         for stage in needed:
             if stage in found.errors:
-                purpose = "trained" if stage == "train" else "evaluated"
-                where = f"--split {stage}, so" if stage == "test" else "so"
-                if stage == "val" != self.split:
-                    where, purpose = "where settings and weights are chosen, so", "chosen"
+                where = f"{stage} data to be there"
+                why = "no run could be evaluated"
+                if stage == "train":
+                    where, why = "a training to reach its first step", "no run could be trained"
+                elif stage != self.split:
+                    why = "no settings or weights could be chosen"
                 raise CompareError(
-                    f"Expected batches from `{stage}_dataloader` with {self.config} but found "
-                    f"none, {where} no run could be {purpose}. {found.errors[stage]}"
+                    f"Expected {where} with {self.config} but found an error, so {why}. "
+                    f"{found.errors[stage]}"
                 )
         return found
 
@@ -211,6 +220,11 @@ class Request:
                         f"Expected batches to {'train' if stage == 'train' else 'evaluate'} on but "
                         f"found `trainer.{name}: 0` in {self.config}. Remove it."
                     )
+
+    def drop(self, rival: str) -> None:
+        """Leave out a rival that turned out to be no other than equal weighting."""
+        self.chosen.remove(rival)
+        del self.kinds[rival], self.methods[rival], self.rivals.methods[rival]
 
     def identity(self) -> dict[str, Any]:
         """What makes two comparisons the same: all but seeds, workers, ``--only``, ``--rivals``."""

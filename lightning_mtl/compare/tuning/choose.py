@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 from lightning_mtl.compare.grid import SINGLE, Run, trial_runs
@@ -25,7 +25,8 @@ class Choice:
     Attributes:
         settings: the best ones; ``None`` where no trial finished.
         trial: its number.
-        score: its Δp on validation data, relative to what the trials are judged by.
+        score: its Δp on validation data, relative to the best single-task trials; ``None`` for
+            those themselves.
         failed: how many trials failed.
         trials: how many there were.
     """
@@ -121,7 +122,8 @@ class Tuning:
             fixed = self.records[best]["settings"]
         if best is None:
             return Choice(fixed, None, None, failed, len(runs))
-        return Choice(fixed, best.trial, scores[best], failed, len(runs))
+        score = None if subject[0] == SINGLE else scores[best]
+        return Choice(fixed, best.trial, score, failed, len(runs))
 
     def reference(self) -> dict[str, dict[str, float]]:
         """Metrics on validation data of the best single-task trial of every task that has one."""
@@ -149,7 +151,7 @@ class Tuning:
         return run in self.records and self.records[run]["status"] == "failed"
 
     def _scores(self, subject: Subject, runs: Sequence[Run]) -> dict[Run, float]:
-        """Δp of those that finished; where there is no reference, to the mean of them all."""
+        """Δp of those that finished; where there is no reference, to their median."""
         metrics = {
             run: self.records[run]["metrics"]
             for run in runs
@@ -161,7 +163,7 @@ class Tuning:
         base = {
             task: {
                 metric: reference.get(task, {}).get(metric)
-                or fmean(found[task][metric] for found in metrics.values())
+                or median(found[task][metric] for found in metrics.values())
                 or 1.0  # a Δp has to be relative to something
                 for metric in self.directions[task]
             }

@@ -60,7 +60,7 @@ def fairness(
     if unjudged:
         found.append(
             f"No single-task trial of {', '.join(map(name, unjudged))} finished: there, trials are "
-            f"relative to the mean of their own row."
+            f"relative to the median of their own row."
         )
     if missing:
         found.append(f"Rivals: {'; '.join(missing)}.")

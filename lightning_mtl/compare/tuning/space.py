@@ -43,6 +43,15 @@ class Space:
         """Every key that a trial sets."""
         return list(dict.fromkeys([*self.ranges, *(key for p in self.points for key in p)]))
 
+    def first(self) -> Settings:
+        """One whole set of settings: the first point, or the low ends."""
+        if self.points:
+            return self.points[0]
+        return {
+            key: ends["low"] if isinstance(ends, Mapping) else ends[0]
+            for key, ends in self.ranges.items()
+        }
+
     def extremes(self) -> Iterator[Settings]:
         """Settings of one key each that show whether all values are taken: ends and choices."""
         seen = set()
