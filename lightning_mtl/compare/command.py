@@ -155,6 +155,7 @@ def compare(options: argparse.Namespace, command: str) -> int:
             results = Results(out, request.directions)
         if fixed is not None:
             fixed.agree(out, options.confirm, options.seeds, options.margin)
+            _check_rivals(fixed, request)
         for note in results.notes:
             complain(f"note: {visible(note)}")
         phases = Phases(request, results, options.seeds, options.workers)
@@ -171,6 +172,15 @@ def compare(options: argparse.Namespace, command: str) -> int:
         failed = _report(about, phases, request, fixed)
         say(f"\nDone in {duration(phases.elapsed())}. Report: {out / 'report.html'}")
     return 1 if failed else 0
+
+
+def _check_rivals(fixed: Plan, request: Request) -> None:
+    missing = [rival for rival in fixed.rivals if rival not in request.methods]
+    if missing:
+        raise CompareError(
+            f"Expected --rivals to name those that the confirmation was fixed against, but found "
+            f"no {', '.join(map(name, missing))}. Give the same --rivals as then."
+        )
 
 
 def _check_numbers(options: argparse.Namespace) -> None:

@@ -135,7 +135,11 @@ class Phases:
         """Equal weighting as it was chosen, for longer."""
         equal = self.request.equal
         chosen = self._tuning.choice((equal, None)).settings if equal in self._tuned else None
-        return {**(chosen or {}), self._factor_key(): self.factor}
+        factor = self.factor
+        if factor is None:  # a command that does not train the rival, but confirms against it
+            records = [x for r, x in self.results.records.items() if r.method == NAMES[TIME]]
+            factor = max(map(self._factor_of, records), default=1.0)
+        return {**(chosen or {}), self._factor_key(): factor}
 
     def _factor_key(self) -> str:
         return f"callbacks.{len(self.request.methods[self.request.equal])}.factor"

@@ -151,7 +151,8 @@ def _train(run: Run, job: Job) -> dict[str, Any]:
 
     kept = None
     if job.select != LAST and run.kind == "train":
-        kept = Kept(job.select, job.last_k, lambda _: read("val"), job.directions, job.reference)
+        reference = job.reference if run.task is None else {}  # which is made of those
+        kept = Kept(job.select, job.last_k, lambda _: read("val"), job.directions, reference)
         callbacks.append(kept)
     cli = RunCLI(job.config, run.seed, callbacks, overrides=arguments(run.settings))
     if run.task is not None:

@@ -57,6 +57,8 @@ class Tuning:
         methods: all names of the comparison, which names of runs depend on.
         directions: ``{task: {metric: higher is better}}``.
         records: of the comparison; read again whenever something is asked.
+        singles_first: let other trials wait for the single-task ones, where their trainings need
+            what those gave.
     """
 
     def __init__(
@@ -65,8 +67,9 @@ class Tuning:
         methods: Sequence[str],
         directions: Mapping[str, Mapping[str, bool]],
         records: Records,
+        singles_first: bool = False,
     ) -> None:
-        self.directions, self.records = directions, records
+        self.directions, self.records, self.singles_first = directions, records, singles_first
         single = spaces.get(SINGLE, grid([{}]))
         self.spaces: dict[Subject, Space] = {(SINGLE, task): single for task in directions}
         self.spaces |= {(m, None): space for m, space in spaces.items() if m != SINGLE}
@@ -88,7 +91,8 @@ class Tuning:
                 waiting = [run for run in runs[first : first + step] if run not in self.records]
                 if not waiting or self._fixed(subject) is not None:
                     continue
-                if first == 0 or judged or subject[0] == SINGLE:
+                free = subject[0] == SINGLE or (first == 0 and not self.singles_first)
+                if free or judged:
                     found += self._with_settings(subject, waiting, first)
                 break
         return found
