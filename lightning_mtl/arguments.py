@@ -93,17 +93,24 @@ class PerTask:
     Args:
         owner: the balancer.
         name: of the argument.
-        values: by task name, where tasks not named get 1; one number a task in order; or ``None``
-            for 1 everywhere. Finite and above zero.
+        values: by task name; one number a task in order; or ``None``. Finite.
+        unnamed: the number of tasks that are not named, of all for ``None``.
+        positive: whether numbers must be above zero.
 
     Raises:
         ValueError: a number is out of range, or there are none.
     """
 
     def __init__(
-        self, owner: object, name: str, values: Mapping[str, float] | Sequence[float] | None
+        self,
+        owner: object,
+        name: str,
+        values: Mapping[str, float] | Sequence[float] | None,
+        unnamed: float = 1.0,
+        *,
+        positive: bool = True,
     ) -> None:
-        self.owner, self.name = type(owner).__name__, name
+        self.owner, self.name, self.unnamed = type(owner).__name__, name, unnamed
         if values is not None and not len(values):
             raise ValueError(
                 f"Expected `{name}` of {self.owner} to hold a number for each task, found none. "
@@ -111,9 +118,11 @@ class PerTask:
             )
         items = values.items() if isinstance(values, Mapping) else enumerate(values or ())
         for key, value in items:
-            if not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
+            number = isinstance(value, (int, float)) and math.isfinite(value)
+            if not number or (positive and value <= 0):
+                wanted = "finite and above 0" if positive else "finite"
                 raise ValueError(
-                    f"Expected every entry of `{name}` of {self.owner} to be finite and above 0, "
+                    f"Expected every entry of `{name}` of {self.owner} to be {wanted}, "
                     f"found {value!r} for task {key!r}."
                 )
         self.by_name = dict(values) if isinstance(values, Mapping) else None
@@ -152,9 +161,9 @@ class PerTask:
             ValueError: numbers in order of another length, or names without tasks.
         """
         if self.by_name is None and self.in_order is None:
-            return [1.0] * size
+            return [self.unnamed] * size
         if self.by_name is not None and tasks:
-            return [self.by_name.get(task, 1.0) for task in tasks]
+            return [self.by_name.get(task, self.unnamed) for task in tasks]
         if self.in_order is None or len(self.in_order) != size:
             raise ValueError(
                 f"Expected `{self.name}` of {self.owner} for {size} tasks but found "

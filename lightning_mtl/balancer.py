@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from lightning_mtl.arguments import one_of
+from lightning_mtl.arguments import PerTask, one_of
 from lightning_mtl.changed import settle
 from lightning_mtl.contract import TaskModule, other_trainer
 from lightning_mtl.numerics import inner, storage
@@ -33,6 +33,30 @@ class Columns:
 
     names: tuple[str, ...]
     sizes: tuple[int, ...]
+
+
+@runtime_checkable
+class Perturbing(Protocol):
+    """A gradient balancer that says where the gradient of each task is to be taken.
+
+    Attributes:
+        local: what :meth:`perturbations` gets of each task: its ``"gradient"``, or an
+            ``"estimate"`` from two losses.
+    """
+
+    local: Literal["estimate", "gradient"]
+
+    def probes(self, like: Tensor, count: int) -> Tensor:
+        """Displacements of the shared parameters for the estimate, shape ``(T, P)``.
+
+        A new tensor, which may be overwritten.
+        """
+
+    def perturbations(self, average: Tensor, local: Tensor) -> Tensor:
+        """Perturbations of the shared parameters, shape ``(T, P)``."""
+
+    def head_perturbation(self, gradient: Tensor) -> Tensor:
+        """Perturbation of a task's own parameters, shape ``(P_t,)``."""
 
 
 # What Lightning calls in every step. It enters a profiler's context for each that can be called.
@@ -80,6 +104,12 @@ class Balancer(Stateful):
             if getattr(type(self), hook) is getattr(Callback, hook):
                 vars(self).setdefault(hook, None)
 
+    @property
+    def learns(self) -> bool:
+        """Whether it, or one that it wraps, defines :meth:`update`."""
+        own = type(self).update is not Balancer.update
+        return own or any(nested.learns for nested in self.nested().values())
+
     def _begin(self, fitting: str) -> None:
         """Take up changed arguments, those of wrapped balancers first; the fit reads them."""
         for nested in self.nested().values():
@@ -113,6 +143,19 @@ class Balancer(Stateful):
         for hook in _STEP_HOOKS:
             if vars(self).get(hook, self) is None:
                 del vars(self)[hook]
+
+    def check_tasks(self, tasks: Sequence[str]) -> None:
+        """Compare what the constructor was given for each task with all tasks of the run.
+
+        Args:
+            tasks: every task of the run, in order.
+
+        Raises:
+            ValueError: a number is for an unknown task, or there are more or fewer than tasks.
+        """
+        for value in vars(self).values():
+            if isinstance(value, PerTask):
+                value.check_tasks(tasks)
 
     def update(self, losses: Tensor, after: Tensor | None = None) -> None:
         """Learn from an optimiser step that was taken; wrapped balancers learn too.
@@ -230,6 +273,22 @@ class GradientBalancer(Balancer):
     def gramian_weighted(self) -> bool:
         r"""Whether the direction is :math:`J^\top w` with weights from the Gramian."""
         return type(self).direction is GradientBalancer.direction
+
+    @property
+    def own_head_weights(self) -> bool:
+        """Whether head gradients get other weights than the direction."""
+        return type(self).head_weights is not GradientBalancer.head_weights
+
+    @property
+    def perturbs(self) -> bool:
+        """Whether it says where the gradient of each task is to be taken (:class:`Perturbing`)."""
+        return isinstance(self, Perturbing)
+
+    @property
+    def needs_all_rows(self) -> bool:
+        """Whether it needs all task gradients in every step: it defines no way to do with fewer."""
+        kind, base = type(self), GradientBalancer
+        return kind.reused_weights is base.reused_weights and kind.wanted is base.wanted
 
     def weights(self, gramian: Tensor, losses: Tensor) -> Tensor:
         r"""Weights :math:`w`, shape ``(T,)``, of the task gradients in the direction.

@@ -13,7 +13,9 @@ from torch import Tensor
 
 from lightning_mtl.balancer import GradientBalancer, LossBalancer
 from lightning_mtl.contract import Loop, TaskModule
-from lightning_mtl.engine.forms.backward import Backward
+from lightning_mtl.engine.forms.form import Form
+from lightning_mtl.engine.forms.setting import Setting
+from lightning_mtl.engine.forms.sum import Sum
 from lightning_mtl.engine.gradients.task_losses import TaskLosses
 from lightning_mtl.engine.group import Group
 from lightning_mtl.ranks import OneProcess
@@ -37,7 +39,7 @@ class Running(Protocol):
     trainer: Trainer
     loop: Loop
     ranks: OneProcess
-    backward: Backward
+    setting: Setting
     balancers: list[Any]
     loss_balancer: LossBalancer
     gradient_balancer: GradientBalancer | None
@@ -71,7 +73,7 @@ class Closure:
         flow: of the fit.
         batch: the last micro-batch of the step.
         batch_idx: its index.
-        group: the micro-batches of the step.
+        form: of the step.
         loss: what the first call returns.
         optimizer: as Lightning wraps it.
     """
@@ -81,7 +83,7 @@ class Closure:
         flow: Running,
         batch: Any,
         batch_idx: int,
-        group: Group,
+        form: Form,
         loss: Tensor | None,
         optimizer: Any,
     ) -> None:
@@ -89,7 +91,7 @@ class Closure:
         self.optimizer = getattr(optimizer, "optimizer", optimizer)
         self.batch = batch
         self.batch_idx = batch_idx
-        self.group = group
+        self.form = form
         self.loss = loss
         self._called = False
         self._there: list[tuple[Tensor, int, Tensor]] = []
@@ -102,7 +104,7 @@ class Closure:
         # It may move parameters before it calls again, and that call may be refused: whether it
         # does shows in the first step.
         if flow.first_step or flow.called_again:
-            self._before = [(p, p.detach().clone()) for p in flow.backward.trained()]
+            self._before = [(p, p.detach().clone()) for p in flow.setting.trained()]
 
     def __call__(self) -> Tensor | None:
         """The loss, with gradients of it in ``.grad``."""
@@ -164,7 +166,7 @@ class Closure:
         flow = self.flow
         flow.closure, manual = self, flow.module.automatic_optimization
         flow.module._automatic_optimization = False  # for `manual_backward`
-        told = flow.backward._summed, flow.backward._record
+        told = flow.setting.told
         try:
             with torch.enable_grad():
                 loss: Tensor = call._call_strategy_hook(
@@ -173,7 +175,7 @@ class Closure:
         finally:
             flow.closure, flow.module._automatic_optimization = None, manual
             # The record of a step tells of its start.
-            flow.backward._summed, flow.backward._record = told
+            flow.setting.told = told
         return loss
 
     def run(self, batch: Any, batch_idx: int) -> Tensor:
@@ -181,19 +183,19 @@ class Closure:
         flow = self.flow
         losses = flow.read_losses(batch, batch_idx)
         number = len(flow.module.training_tasks)
-        group = Group(False, [None] * number, [0.0] * number, late=flow.late())
+        group = Group(False, [None] * number, [0.0] * number)
         group.add(losses)
         with without_autocast(flow.module.device.type):
-            return self._backward(losses, group)
+            return self._backward(losses, Sum(flow.setting, group, late=flow.late()))
 
-    def _backward(self, losses: TaskLosses, group: Group) -> Tensor:
-        flow = self.flow
+    def _backward(self, losses: TaskLosses, form: Form) -> Tensor:
+        flow, group = self.flow, form.group
         if not flow.loss_balancer.needs_current_losses:
-            group.loss_weights = self.group.loss_weights  # such as were drawn for this step
+            form.loss_weights = self.form.loss_weights  # such as were drawn for this step
         if self.batch_idx % self._every == 0:
-            flow.loop.zero_grad(self.batch_idx, flow.backward.hooks)
+            flow.loop.zero_grad(self.batch_idx, flow.setting.hooks)
         group.skip |= not any(group.counts)
-        total = None if group.skip else flow.backward.run(losses, group, stepping=True)
+        total = None if group.skip else form.run(losses, stepping=True)
         if total is None or group.skip:
             raise ValueError(
                 f"Expected usable losses and gradients whenever {type(self.optimizer).__name__} "

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_mtl.balancer import Balancer
 from lightning_mtl.contract import OnBadLoss
-from lightning_mtl.engine.forms.backward import Backward
+from lightning_mtl.engine.forms.form import Form
 from lightning_mtl.engine.gradients.task_losses import TaskLosses
 from lightning_mtl.engine.group import Group
 from lightning_mtl.engine.guards import NotFiniteError
@@ -122,9 +122,7 @@ def draw_again(before: Iterable[tuple[Balancer, Tensor | None]]) -> None:
             balancer.generator.set_state(state)
 
 
-def run_or_leave_out(
-    backward: Backward, losses: TaskLosses, group: Group, *, stepping: bool
-) -> Tensor | None:
+def run_or_leave_out(form: Form, losses: TaskLosses, *, stepping: bool) -> Tensor | None:
     """The backward pass of a micro-batch; the step is left out if a balancer cannot do with it.
 
     With ``on_bad_loss`` ``"skip_task"`` or ``"skip_step"``: no task is at fault that could be left
@@ -135,16 +133,17 @@ def run_or_leave_out(
         NotFiniteError: weights or a direction are not finite.
     """
     try:
-        return backward.run(losses, group, stepping=stepping)
+        return form.run(losses, stepping=stepping)
     except NotFiniteError:
-        balancers = [b for b in (backward.loss_balancer, backward.gradient_balancer) if b]
+        setting = form.setting
+        balancers = [b for b in (setting.loss_balancer, setting.gradient_balancer) if b]
         spoilt = any(b.not_finite() for b in balancers)
-        ranks = backward.layout.ranks
+        ranks = setting.layout.ranks
         if not ranks.alone:
             spoilt = any(ranks.gather(spoilt))
-        if spoilt or backward.module.on_bad_loss not in ("skip_task", "skip_step"):
+        if spoilt or setting.module.on_bad_loss not in ("skip_task", "skip_step"):
             raise
-        group.skip = group.dropped = True
-        for p in backward.trained():
+        form.group.skip = form.group.dropped = True
+        for p in setting.trained():
             p.grad = None
         return None

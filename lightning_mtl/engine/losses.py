@@ -179,6 +179,11 @@ def _read(
                 f"{tuple(value.shape)}. Reduce it, for example with `.mean()`; leave out what is "
                 f"no loss."
             )
+        if value.is_complex():
+            raise ValueError(
+                f"Expected the loss of task '{task}' to be a real number but got "
+                f"{value.dtype}. Return its real part or its absolute value."
+            )
         if not value.requires_grad:
             raise ValueError(
                 f"Expected the loss of task '{task}' to have a graph but it does not depend on any "

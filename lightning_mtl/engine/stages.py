@@ -45,9 +45,7 @@ def check_tasks(balancers: Iterable[Balancer | None], tasks: Sequence[str]) -> N
         if balancer is None:
             continue
         balancer._known_tasks = tuple(tasks)
-        check = getattr(balancer, "check_tasks", None)
-        if check is not None:
-            check(tasks)
+        balancer.check_tasks(tasks)
         check_tasks(balancer.nested().values(), tasks)
 
 
@@ -58,20 +56,6 @@ def warn_of_one_task(balancer: Balancer | None, tasks: Sequence[str]) -> None:
             f"{type(balancer).__name__} has the gradient of '{tasks[0]}' only, and with one task "
             f"there is nothing to balance. Train without it, or with more `active_tasks`."
         )
-
-
-def learns(balancer: Balancer) -> bool:
-    """Whether it, or one it wraps, defines ``update``."""
-    own = type(balancer).update is not Balancer.update
-    return own or any(learns(nested) for nested in balancer.nested().values())
-
-
-def needs_all_rows(balancer: GradientBalancer | None) -> bool:
-    """Whether it needs all task gradients in every step."""
-    if balancer is None:
-        return False
-    kind, base = type(balancer), GradientBalancer
-    return kind.reused_weights is base.reused_weights and kind.wanted is base.wanted
 
 
 def same_tasks(tasks: Sequence[str], ranks: OneProcess) -> None:

@@ -14,13 +14,13 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from lightning_mtl.balancer import GradientBalancer, LossBalancer, at_least_float32
+from lightning_mtl.balancer import at_least_float32
 from lightning_mtl.contract import Loop, TaskModule
-from lightning_mtl.engine.again import Reached, Seen, losses_again, remember
+from lightning_mtl.engine.again import Reached, losses_again, remember
 from lightning_mtl.engine.closure import Closure, without_autocast
-from lightning_mtl.engine.forms.backward import Backward
-from lightning_mtl.engine.forms.perturbed import Perturbing
-from lightning_mtl.engine.forms.probe import check_behind
+from lightning_mtl.engine.forms.choose import choose, kinds
+from lightning_mtl.engine.forms.form import Form
+from lightning_mtl.engine.forms.setting import Setting
 from lightning_mtl.engine.gradients.layout import Layout
 from lightning_mtl.engine.gradients.task_losses import TaskLosses
 from lightning_mtl.engine.group import Group
@@ -32,12 +32,9 @@ from lightning_mtl.engine.record import StepRecord
 from lightning_mtl.engine.stages import (
     attached_balancers,
     check_tasks,
-    learns,
-    needs_all_rows,
     same_tasks,
     warn_of_one_task,
 )
-from lightning_mtl.engine.two_stages import of_all, own_head_weights
 from lightning_mtl.loss_balancers import EqualWeighting
 from lightning_mtl.ranks import ranks_of
 from lightning_mtl.saved import entry, names_in
@@ -63,13 +60,12 @@ class Flow:
         self.gradient_balancer = gradient if gradient and gradient.needs_jacobian else None
         self.observers = [c for c in callbacks if hasattr(c, "wants_jacobian")]
         self._limit = limit_of(self.balancers)
-        self._learners = [b for b in self.balancers if learns(b)]
+        self._learners = [b for b in self.balancers if b.learns]
         asking = [b for b in self.balancers if getattr(b, "needs_losses_after", False)]
         self._again = bool(asking)
-        self._perturbed = isinstance(self.gradient_balancer, Perturbing)
-        self._all_rows = needs_all_rows(self.gradient_balancer)
-        if self.gradient_balancer and (self._perturbed or self.gradient_balancer.products):
-            asking.append(self.gradient_balancer)
+        balancer = self.gradient_balancer
+        if balancer and (balancer.perturbs or balancer.products):
+            asking.append(balancer)
         self._asker = type(asking[0]).__name__ if asking else ""  # who needs a batch once more
         self._representation: list[Tensor] = []
         self.closure: Closure | None = None  # that runs a forward pass again
@@ -77,16 +73,15 @@ class Flow:
         self.called_again = False  # whether an optimizer was seen to call its closure again
         self.replaying = False  # whether a forward pass is made again up to the representation
         self.ranks = ranks_of(trainer)
-        self._may_be_late = self.ranks.alone and not self._perturbed
         same_tasks(module.training_tasks, self.ranks)
-        for balancer in self.balancers:
-            balancer.share_seed(self.ranks.gather(torch.initial_seed())[0])
+        for attached in self.balancers:
+            attached.share_seed(self.ranks.gather(torch.initial_seed())[0])
         self.layout = Layout(module, self.ranks)
-        self.backward = Backward(
-            module, trainer, self.layout, self.loss_balancer, self.gradient_balancer
+        self.setting = Setting(
+            module, trainer, self.layout, self.loss_balancer, balancer, self._limit
         )
-        self.backward.limit = self._limit
-        self._group: Group | None = None
+        self._kinds = kinds(balancer)
+        self._form: Form | None = None  # of the step that has begun
         self._synced: bool | None = None  # whether BatchNorm has collectives of its own
         self._observed = False
         self._told = False
@@ -119,29 +114,81 @@ class Flow:
         if self.module.automatic_optimization or not called:
             # Lightning searches for a learning rate or a batch size, without our callback.
             return self.read_losses(batch, batch_idx).total()
-        if batch_idx == 0 or not self._heard:
-            self._heard = True
-            self.backward.hooks = self.loop.listened()
-        if self._group is None or batch_idx % self.trainer.accumulate_grad_batches == 0:
-            self._group = None  # a group that was cut short does not go on in another epoch
-            asked = [o.wants_jacobian(self.trainer, self.module) for o in self.observers]
-            self._observed = any(asked)  # every observer is asked, none is skipped
-        asker = self._asker
-        seen = remember(self.module, batch, batch_idx, asker) if asker else None
-        self._representation = []  # a new list: the one before belongs to its group
+        self._ask(batch_idx)
+        seen = remember(self.module, batch, batch_idx, self._asker) if self._asker else None
+        self._representation = []  # a new list: the one before belongs to its step
         with self._discovery():
             losses = self.read_losses(batch, batch_idx)
         # The forward pass ran under autocast; from here on the arithmetic is exact.
         with without_autocast(self.module.device.type):
             # Lightning's weight averaging refreshes BatchNorm by forward passes alone.
-            if not self.trainer.fit_loop._skip_backward:
-                self._train(losses, batch, batch_idx, seen)
-            total = losses.total(detach=True) if losses.tasks else None
-            if total is not None and self.trainer.accumulate_grad_batches > 1:
-                total = total / self.trainer.accumulate_grad_batches  # as Lightning gives it hooks
+            if self.trainer.fit_loop._skip_backward:
+                return self._returned(losses)
+            stepping = not self.trainer.fit_loop._should_accumulate()
+            losses.counted |= self._counted
+            self._counted = losses.counted
+            form = self._form or self._begin(losses, batch_idx, single=stepping)
+            self._form, group = None if stepping else form, form.group
+            group.add(losses, seen)
+            if stepping:
+                self._first_done = True
+                group.close()
+            # The gradients; with the last micro-batch looked at, balanced and written to `.grad`.
+            total = None
+            if not group.skip:
+                total = run_or_leave_out(form, losses, stepping=stepping)
+            self._uneven |= form.uneven
+            if stepping and not group.skip:
+                self.module._automatic_optimization = True
+                if self._lonely is not None and self._lonely.over(group.present()):
+                    self._lonely = None
+                loss = None if total is None else total.detach()
+                if self.loop.step(batch_idx, partial(Closure, self, batch, batch_idx, form, loss)):
+                    self._learn(group)
+                    self._idle.stepped()
+                else:
+                    self._idle.overflowed(self.setting.scale)
+                self.first_step = False
+                self.layout.grow(self.gradient_balancer, self.trainer.optimizers)
+                if not group.overflow and self.loop.losses_due():
+                    self._log_losses()
+            elif stepping:
+                draw_again(group.drawn)
+                self._idle.left_out(group, self.module.training_tasks)
+            self._say(group)
+            return self._returned(losses)
+
+    def _ask(self, batch_idx: int) -> None:
+        """Who listens to hooks, once an epoch; and who looks at the step that begins."""
+        if batch_idx == 0 or not self._heard:
+            self._heard = True
+            self.setting.hooks = self.loop.listened()
+        if self._form is None or batch_idx % self.trainer.accumulate_grad_batches == 0:
+            self._form = None  # a step that was cut short does not go on in another epoch
+            asked = [o.wants_jacobian(self.trainer, self.module) for o in self.observers]
+            self._observed = any(asked)  # every observer is asked, none is skipped
+
+    def _returned(self, losses: TaskLosses) -> Tensor | None:
+        """The plain sum, as Lightning gives it to hooks."""
+        total = losses.total(detach=True) if losses.tasks else None
+        if total is not None and self.trainer.accumulate_grad_batches > 1:
+            total = total / self.trainer.accumulate_grad_batches
         if not self.module.automatic_optimization:
             self.module._automatic_optimization = True  # trainer/flags.py says why
         return total
+
+    def _say(self, group: Group) -> None:
+        """Say that something was left out, once; end a fit that goes on without steps."""
+        rule = self.module.on_bad_loss
+        if group.dropped and not self._told:
+            self._told = True
+            rank_zero_warn(
+                f"A loss or a gradient of optimiser step {self.trainer.global_step + group.skip} "
+                f"cannot be used and is left out, as `on_bad_loss='{rule}'` "
+                f"asks. It is said once; `on_bad_loss='raise'` names the task and the reason."
+            )
+        if self._idle.missed:
+            self._idle.check(rule, self.trainer.global_step)
 
     def _discovery(self) -> AbstractContextManager[Any]:
         """Compiled graphs give zeros where there is no path; find shared parameters without."""
@@ -181,13 +228,12 @@ class Flow:
         Only in a step of one micro-batch. What is bad is then left out as a whole, before
         anything is balanced; a task can be left out of a sum of losses no more, only the step.
         """
-        stateless = vars(type(self.loss_balancer)).get("stateless", False)
-        may = self._all_rows or (stateless and self.module.on_bad_loss != "skip_task")
-        may &= self._may_be_late and not torch.is_anomaly_enabled()  # which ends at the first NaN
+        may = self.ranks.alone and all(kind.may_be_late(self.setting) for kind in self._kinds)
+        may &= not torch.is_anomaly_enabled()  # which ends at the first NaN
         once = self.trainer.accumulate_grad_batches == 1 and self._first_done
         rows = self.gradient_balancer is not None or self._observed
         found = self.layout.complete or not rows
-        return may and once and found and self.backward.scaler is None
+        return may and once and found and self.setting.scaler is None
 
     def _lockstep(self) -> str:
         """Why every rank has to run the same backward passes, if so."""
@@ -217,132 +263,26 @@ class Flow:
         balanced = [t for t in module.training_tasks if t not in module.unbalanced_tasks]
         warn_of_one_task(self.gradient_balancer, balanced)
 
-    def _train(self, losses: TaskLosses, batch: Any, batch_idx: int, seen: Seen | None) -> None:
-        trainer = self.trainer
-        stepping = not trainer.fit_loop._should_accumulate()
-        losses.counted |= self._counted
-        self._counted = losses.counted
-        if self._group is None:
-            self.loop.zero_grad(batch_idx, self.backward.hooks)
-            self._group = self._begin_group(losses, single=stepping)
-        group = self._group
-        group.add(losses)
-        if seen is not None:
-            group.seen.append(seen)
-        if stepping:
-            self._group = None
-            group.skip |= not any(group.counts)
-            self._first_done = True
-        for micro in group.seen if stepping else ():
-            micro.check()
-        total = None
-        if not group.skip:
-            total = run_or_leave_out(self.backward, losses, group, stepping=stepping)
-        self._uneven |= group.uneven
-        if stepping and not group.skip:
-            self.module._automatic_optimization = True
-            if self._lonely is not None and self._lonely.over(group.present()):
-                self._lonely = None
-            loss = None if total is None else total.detach()
-            closure = partial(Closure, self, batch, batch_idx, group, loss)
-            if self.loop.step(batch_idx, closure):
-                self._learn(group)
-                self._idle.stepped()
-            else:
-                self._idle.overflowed(self.backward.scale)
-            self.first_step = False
-            self.layout.grow(self.gradient_balancer, trainer.optimizers)
-            if not group.overflow and self.loop.losses_due():
-                self._log_losses()
-        elif stepping:
-            draw_again(group.drawn)
-            self._idle.left_out(group, self.module.training_tasks)
-        if group.dropped and not self._told:
-            self._told = True
-            rank_zero_warn(
-                f"A loss or a gradient of optimiser step {trainer.global_step + group.skip} "
-                f"cannot be used and is left out, as `on_bad_loss='{self.module.on_bad_loss}'` "
-                f"asks. It is said once; `on_bad_loss='raise'` names the task and the reason."
-            )
-        if self._idle.missed:
-            self._idle.check(self.module.on_bad_loss, trainer.global_step)
-
-    def _begin_group(self, losses: TaskLosses, *, single: bool) -> Group:
-        """Choose the cheapest form that gives one optimiser step what its balancers need."""
-        tasks, balancer = self.module.training_tasks, self.gradient_balancer
-        group = Group(self._observed, [None] * len(tasks), [0.0] * len(tasks))
-        rows = self._observed
+    def _begin(self, losses: TaskLosses, batch_idx: int, *, single: bool) -> Form:
+        """Begin an optimiser step: clear gradients, and choose the form that takes new ones."""
+        self.loop.zero_grad(batch_idx, self.setting.hooks)
+        size, balancer = len(self.module.training_tasks), self.gradient_balancer
+        group = Group(self._observed, [None] * size, [0.0] * size)
         if not single:
-            self._uneven |= losses.uneven(len(tasks), plain=self.backward.plain)
-            rows |= self._uneven or self.loss_balancer.needs_current_losses
+            self._uneven |= losses.uneven(size, plain=self.setting.plain)
         group.drawn = random_states(self.balancers)
-        group.uneven = self._uneven
-        group.late = self.late()
-        group.representation = self._representation
-        if balancer is not None:
-            blocks = self.module.gradient_memory == "blocks" and not self._perturbed
-            narrow = blocks or balancer.gradients != "parameters"
-            self.layout.probing = narrow and len(tasks) > 1
-            if self.trainer.accumulate_grad_batches != self._every:  # a callback may change it
-                self.loop.check(balancer)
-                self._every = self.trainer.accumulate_grad_batches
-            group.form = "probe" if self.layout.probing else "rows"
-            if self._perturbed:
-                group.form = "perturbed"
-        elif rows:
-            group.form = "rows"
-        if group.form != "sum":
-            self._lay_out(group, losses, single)
-            if balancer is not None and not (rows or self._perturbed):
-                self._spare(group, balancer, losses, single)
-        return group
-
-    def _lay_out(self, group: Group, losses: TaskLosses, single: bool) -> None:
-        """Find the shared parameters, anew with every task that no step before had."""
-        self.check_frozen()
-        layout, balancer = self.layout, self.gradient_balancer
-        there = [*losses.present, *losses.bad]
-        at_once = single or (balancer is not None and balancer.batches > 1)
-        at_once &= not self.ranks.sharded_parameters  # whose graphs do not tell
-        if not (at_once or layout.given or layout.complete):
-            layout.forget()  # found with the last micro-batch
-        gradients = self.backward.gradients()
-        gradients.begin()
-        new = not gradients.known or gradients.reach.unmet(there)
-        if there and new and (at_once or gradients.known):
-            gradients.discover(losses)
-            if layout.extend(balancer, self.trainer.optimizers):
-                gradients = self.backward.gradients()
-                gradients.begin()
-            if not gradients.shared and not layout.complete and balancer is not None:
-                group.form = "rows"  # nothing is shared by the tasks so far: they train as they are
-            marked = balancer is not None and balancer.gradients.startswith("representation")
-            if group.form == "probe" and marked:
-                check_behind(group.representation, losses.values, gradients)
-        group.outside = self.backward.outside()
-
-    def _spare(
-        self, group: Group, balancer: GradientBalancer, losses: TaskLosses, single: bool
-    ) -> None:
-        """Ask the balancer which task gradients it can do without in this step."""
-        tasks = self.module.training_tasks
-        there = losses.present if single else range(len(tasks))
-        rows = [t for t in there if t not in group.outside]
-        if not rows:
-            return
-        with balancer.only(*self.backward.rows_of(rows)):
-            reused = balancer.reused_weights()
-            wanted = balancer.wanted(len(rows)) if single else None
-            own = balancer.weight_heads and own_head_weights(balancer)
-            heads = balancer.head_weights() if reused is not None and own else None
-        if wanted is not None:
-            group.wanted = {rows[i] for i in wanted} | group.outside
-        if reused is not None and self.backward.gradients().known:
-            group.reused = of_all(reused, rows, len(tasks), reused, group.outside)
-            if heads is not None:
-                group.reused_heads = of_all(heads, rows, len(tasks), heads, group.outside)
-            both = balancer.weight_heads and not own
-            group.form = "sum" if both else "reuse"
+        if balancer is not None and self.trainer.accumulate_grad_batches != self._every:
+            self.loop.check(balancer)  # a callback may change it
+            self._every = self.trainer.accumulate_grad_batches
+        return choose(
+            self.setting,
+            group,
+            losses,
+            single=single,
+            uneven=self._uneven,
+            late=self.late(),
+            marked=self._representation,
+        )
 
     def mark(self, representation: Tensor) -> None:
         """Note the shared representation of the batch."""
@@ -370,19 +310,19 @@ class Flow:
             after = losses_again(self.module, group.seen, names, self.ranks).to(losses)
         for balancer in self._learners:
             rows, part = present, list(range(len(present)))
-            if not isinstance(balancer, LossBalancer):
+            if balancer is not self.loss_balancer:
                 rows = group.balanced()
                 part = [i for i, t in enumerate(present) if t in rows]
             if not rows:
                 continue
-            with balancer.only(*self.backward.rows_of(rows)):
+            with balancer.only(*self.setting.rows_of(rows)):
                 balancer.update(losses[part], None if after is None else after[part])
 
     # ------------------------------------------------------------ record and state
 
     def record(self) -> StepRecord | None:
         """What the last optimiser step did."""
-        return self.backward.record()
+        return self.setting.record()
 
     def check_trained(self) -> None:
         """Refuse a fit that ends without a step; one that was resumed may have had none to make."""
@@ -404,7 +344,7 @@ class Flow:
             if balancer.shards is None or not broken:
                 balancer.unshard()
         self.layout.release()
-        self._group = None
+        self._form = None
 
     def state_dict(self) -> dict[str, Any]:
         """Tasks and layout, as plain containers."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_mtl.balancer import Balancer, Columns, GradientBalancer, LossBalancer
+from lightning_mtl.engine.gradients.over_columns import Product
 from lightning_mtl.engine.guards import NotFiniteError
 from lightning_mtl.engine.record import StepRecord
 from lightning_mtl.numerics.estimate import estimated
@@ -23,7 +24,7 @@ class Rows(Protocol):
     Attributes:
         num_tasks: T.
         kept: whether the rows are those of the whole fit, begun anew in each step.
-        corrects: whether they stand for others, of which :meth:`product` knows more.
+        product: what knows more of the Gramian than these rows, if anything does.
         columns: what the columns of the rows are.
         shards: how columns are divided over processes.
         representation: what the columns stand for, if it is the shared representation.
@@ -31,7 +32,6 @@ class Rows(Protocol):
 
     num_tasks: int
     kept: bool
-    corrects: bool
 
     @property
     def columns(self) -> Columns:
@@ -45,6 +45,10 @@ class Rows(Protocol):
     def representation(self) -> Tensor | None:
         """The shared representation, if the columns stand for it."""
 
+    @property
+    def product(self) -> Product | None:
+        """The Gramian of all shared parameters times weights, and estimates of that Gramian."""
+
     def sum_shards(self, partial: Tensor) -> Tensor:
         """Sums over columns, completed over processes."""
 
@@ -56,9 +60,6 @@ class Rows(Protocol):
 
     def combine(self, weights: Tensor) -> Tensor:
         """The weighted sum of the rows."""
-
-    def product(self, weights: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """The Gramian of all shared parameters times weights, and estimates of that Gramian."""
 
     def write_shared(self, direction: Tensor, *, every_column: bool) -> None:
         """Make the direction the ``.grad`` of the shared parameters."""
@@ -172,7 +173,7 @@ def aggregate(
             if gradient_balancer is not None:
                 assert gramian is not None
                 exact = losses.double()
-                if gradients.corrects:
+                if gradients.product is not None:
                     gramian = _by_products(
                         gradients, gradient_balancer, gramian, exact, means, omega, rows, part
                     )
@@ -183,7 +184,7 @@ def aggregate(
                 weights = _among(found, part, gradient_balancer, exact)
                 combined = _product(scale, weights)
                 head_weights = combined if gradient_balancer.weight_heads else scale
-                if gradient_balancer.weight_heads and own_head_weights(gradient_balancer):
+                if gradient_balancer.weight_heads and gradient_balancer.own_head_weights:
                     own = gradient_balancer.head_weights()
                     head_weights = _product(scale, _among(own, part, gradient_balancer, exact))
             every_column = False
@@ -234,12 +235,13 @@ def _by_products(
     part: list[int] | None,
 ) -> Tensor:
     """The Gramian of all shared parameters, fitted to products with trial weights."""
-    asked, found = [], []
+    ask, asked, found = gradients.product, [], []
+    assert ask is not None
     for _ in range(balancer.products):
         weights = _product(omega, _trial(balancer, _outer(gramian, omega), losses, part))
         asked.append(weights)
         each = of_all(_product(means, weights), rows, gradients.num_tasks, losses)
-        product, estimates = gradients.product(each)
+        product, estimates = ask(each)
         if rows is not None:
             product, estimates = product[rows], [e[rows][:, rows] for e in estimates]
         found.append(_product(product, means))
@@ -257,11 +259,6 @@ def _trial(
     weights = _among(weights, part, balancer, losses)
     balancer.load_state_dict(state)
     return weights
-
-
-def own_head_weights(balancer: GradientBalancer) -> bool:
-    """Whether head gradients get other weights than the direction."""
-    return type(balancer).head_weights is not GradientBalancer.head_weights
 
 
 def checked(weights: Tensor, balancer: Balancer, losses: Tensor, *, look: bool = True) -> Tensor:

@@ -32,5 +32,4 @@ def head_weights_of(base: GradientBalancer, weights: Tensor) -> Tensor:
     """What ``base`` multiplies the head gradients by, after it gave ``weights``; shape ``(T,)``."""
     if not base.weight_heads:
         return weights.new_ones(len(weights))
-    own = type(base).head_weights is not GradientBalancer.head_weights
-    return base.head_weights().to(weights) if own else weights
+    return base.head_weights().to(weights) if base.own_head_weights else weights

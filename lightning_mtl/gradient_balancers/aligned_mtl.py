@@ -122,17 +122,6 @@ class AlignedMTL(GradientBalancer):
         self.scale: Scale = one_of(self, "scale", scale, get_args(Scale))
         self._shares = PerTask(self, "preference", preference)
 
-    def check_tasks(self, tasks: Sequence[str]) -> None:
-        """Compare ``preference`` with all tasks of the run.
-
-        Args:
-            tasks: every task of the run, in order.
-
-        Raises:
-            ValueError: a number is for an unknown task, or there are more or fewer than tasks.
-        """
-        self._shares.check_tasks(tasks)
-
     def weights(self, gramian: Tensor, losses: Tensor) -> Tensor:
         """See :func:`aligned_mtl_weights`.
 

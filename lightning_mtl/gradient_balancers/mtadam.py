@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -104,17 +102,6 @@ class MTAdam(GradientBalancer):
         self.add_state("norms", 0.0, per_task=True, tensors=True)
         self.add_state("count", 0.0, per_task=True)
         self.add_state("unit", 0.0)  # of the moments, once there are any
-
-    def check_tasks(self, tasks: Sequence[str]) -> None:
-        """Compare the ranks with all tasks of the run.
-
-        Args:
-            tasks: their names.
-
-        Raises:
-            ValueError: a rank is for an unknown task, or there are more or fewer than tasks.
-        """
-        self._ranks.check_tasks(tasks)
 
     def direction(self, jacobian: Tensor, losses: Tensor) -> Tensor:
         """Update norms and moments of every task and combine them.

@@ -124,17 +124,6 @@ class NashMTL(GradientBalancer):
         # Weights before and after clipping, and in how many steps they served; 0: compute them.
         self.add_state("kept", 0.0, per_task=True)
 
-    def check_tasks(self, tasks: Sequence[str]) -> None:
-        """Compare ``preference`` with all tasks of the run.
-
-        Args:
-            tasks: every task of the run, in order.
-
-        Raises:
-            ValueError: a number is for an unknown task, or there are more or fewer than tasks.
-        """
-        self._powers.check_tasks(tasks)
-
     def weights(self, gramian: Tensor, losses: Tensor) -> Tensor:
         """Clipped weights: those of :func:`nash_mtl_weights`, or kept ones that still serve.
 

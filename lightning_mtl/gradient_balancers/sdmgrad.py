@@ -184,17 +184,6 @@ class SDMGrad(GradientBalancer):
         """Whether one batch gives weights and gradients alike."""
         return self.batches == 1
 
-    def check_tasks(self, tasks: Sequence[str]) -> None:
-        """Compare the preference with all tasks of the run.
-
-        Args:
-            tasks: every task of the run, in order.
-
-        Raises:
-            ValueError: a number is for an unknown task, or there are more or fewer than tasks.
-        """
-        self._per_task_preference.check_tasks(tasks)
-
     def weights(self, gramian: Tensor, losses: Tensor) -> Tensor:
         """See :func:`sdmgrad_weights`.
 

@@ -87,17 +87,6 @@ class UPGrad(GradientBalancer):
         self.scale: Scale = one_of(self, "scale", scale, get_args(Scale))
         self._per_task_preference = PerTask(self, "preference", preference)
 
-    def check_tasks(self, tasks: Sequence[str]) -> None:
-        """Compare the preference with all tasks of the run.
-
-        Args:
-            tasks: every task of the run, in order.
-
-        Raises:
-            ValueError: a number is for an unknown task, or there are more or fewer than tasks.
-        """
-        self._per_task_preference.check_tasks(tasks)
-
     def weights(self, gramian: Tensor, losses: Tensor) -> Tensor:
         """See :func:`upgrad_weights`.
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from typing import get_args
 
 import torch
 from torch import Tensor
 
-from lightning_mtl.arguments import Scale, in_range, one_of, rescaled
+from lightning_mtl.arguments import PerTask, Scale, in_range, one_of, rescaled
 from lightning_mtl.balancer import LossBalancer, as_weights, at_least_float32
 from lightning_mtl.numerics.adam import adam_step
 
@@ -101,41 +99,10 @@ class FAMO(LossBalancer):
         self.eps = in_range(self, "eps", eps)
         self.scale: Scale = one_of(self, "scale", scale, get_args(Scale))
         self.minimum = minimum
-        self._by_name = dict(minimum) if isinstance(minimum, dict) else None
-        given = minimum.items() if isinstance(minimum, dict) else enumerate(minimum or ())
-        for key, value in given:
-            if not (isinstance(value, (int, float)) and math.isfinite(value)):
-                raise ValueError(
-                    f"Expected every entry of `minimum` of FAMO to be finite, found {value!r} for "
-                    f"task {key!r}."
-                )
+        self._minima = PerTask(self, "minimum", minimum, unnamed=0.0, positive=False)
         self.requires_positive_losses = minimum is None
         self.add_state("logits", 0.0, per_task=True)
         self.add_state("moments", 0.0, per_task=True)
-
-    def check_tasks(self, tasks: Sequence[str]) -> None:
-        """Compare ``minimum`` with all tasks of the run, and give numbers in order their names.
-
-        Args:
-            tasks: every task of the run, in order.
-
-        Raises:
-            ValueError: a number is for an unknown task, or a list has another length.
-        """
-        if isinstance(self.minimum, dict):
-            if unknown := sorted(set(self.minimum) - set(tasks)):
-                raise ValueError(
-                    f"`minimum` of FAMO names the unknown tasks {unknown}; the tasks are "
-                    f"{list(tasks)}. Correct the names."
-                )
-        elif self.minimum is not None:
-            if len(self.minimum) != len(tasks):
-                raise ValueError(
-                    f"Expected `minimum` of FAMO to hold one number for each of the {len(tasks)} "
-                    f"tasks {list(tasks)}, found {len(self.minimum)}. Give one number a task, or "
-                    f"numbers by task name."
-                )
-            self._by_name = dict(zip(tasks, self.minimum, strict=True))
 
     def loss_weights(self, losses: Tensor) -> Tensor:
         """See :func:`famo_weights`.
@@ -183,15 +150,7 @@ class FAMO(LossBalancer):
     def _minimum(self, losses: Tensor) -> Tensor | float:
         if self.minimum is None:
             return 0.0
-        if self._by_name is not None and self.tasks:
-            return as_weights([self._by_name.get(task, 0.0) for task in self.tasks], losses)
-        if isinstance(self.minimum, dict) or len(self.minimum) != len(losses):
-            raise ValueError(
-                f"Expected `minimum` of FAMO for {len(losses)} tasks but found {self.minimum}. "
-                f"Used by hand, give one number a task in order; in a run, let MultiTaskModule "
-                f"tell the task names."
-            )
-        return as_weights(self.minimum, losses)
+        return as_weights(self._minima.of(self.tasks, len(losses)), losses)
 
 
 def _log_gaps(losses: Tensor, minimum: Tensor | float, eps: float) -> Tensor:

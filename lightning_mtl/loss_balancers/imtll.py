@@ -5,12 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_mtl.arguments import in_range
-from lightning_mtl.balancer import LossBalancer, at_least_float32
-from lightning_mtl.numerics.adam import adam_step
-
-_FARTHEST = 70.0  # the logarithm of about 1e30: weights stay float32 numbers
-_STEEPEST = 1e15  # its square is a float32 number
+from lightning_mtl.loss_balancers._learned import Learned
 
 
 def imtll_weights(log_scales: Tensor) -> Tensor:
@@ -31,7 +26,7 @@ def imtll_weights(log_scales: Tensor) -> Tensor:
     return torch.exp(log_scales)
 
 
-class IMTLL(LossBalancer):
+class IMTLL(Learned):
     r"""Learn a factor for every loss that brings all of them to one scale.
 
     .. math:: L = \sum_t \big( e^{s_t} \ell_t - s_t \big), \qquad \omega_t = e^{s_t}, \qquad
@@ -62,17 +57,11 @@ class IMTLL(LossBalancer):
         for Multi-Task Learning*, arXiv 2308.12029 (Proposition 1).
     """
 
-    needs_current_losses = False
     requires_positive_losses = True
     log_scales: Tensor | None
-    moments: Tensor | None
 
     def __init__(self, init: float = 0.0, lr: float = 0.025) -> None:
-        super().__init__()
-        self.init = in_range(self, "init", init, -_FARTHEST, _FARTHEST, open_high=False)
-        self.lr = in_range(self, "lr", lr, open_low=True)
-        self.add_state("log_scales", self.init, per_task=True)
-        self.add_state("moments", 0.0, per_task=True)
+        super().__init__("log_scales", init, lr)
 
     def loss_weights(self, losses: Tensor) -> Tensor:
         """See :func:`imtll_weights`.
@@ -83,20 +72,8 @@ class IMTLL(LossBalancer):
         Returns:
             Weights of the shape, dtype and device of ``losses``.
         """
-        s = self.per_task_state("log_scales", at_least_float32(losses))
-        return imtll_weights(s).to(losses.dtype)
+        return imtll_weights(self.learned(losses)).to(losses.dtype)
 
-    def update(self, losses: Tensor, after: Tensor | None = None) -> None:
-        """One step of Adam on the factors of these tasks.
-
-        Args:
-            losses: positive task losses of the step, shape ``(T,)``.
-            after: not used.
-        """
-        super().update(losses, after)
-        wide = at_least_float32(losses)
-        s = self.per_task_state("log_scales", wide)
-        moments = self.per_task_state("moments", wide, (3,))
-        gradient = wide * imtll_weights(s) - 1
-        adam_step(s, gradient.clamp(-_STEEPEST, _STEEPEST), moments, self.lr)
-        s.clamp_(-_FARTHEST, _FARTHEST)
+    def slope(self, s: Tensor, losses: Tensor) -> Tensor:
+        """The derivative of :math:`L`, shape ``(T,)``."""
+        return losses * imtll_weights(s) - 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -103,17 +102,6 @@ class STCH(EpochBalancer):
         self._preference = PerTask(self, "preference", preference)
         self.add_state("nadir", 0.0, per_task=True)
         self.add_state("epoch", 0)
-
-    def check_tasks(self, tasks: Sequence[str]) -> None:
-        """Compare ``preference`` with all tasks of the run.
-
-        Args:
-            tasks: every task of the run, in order.
-
-        Raises:
-            ValueError: a number is for an unknown task, or there are more or fewer than tasks.
-        """
-        self._preference.check_tasks(tasks)
 
     def loss_weights(self, losses: Tensor) -> Tensor:
         """See :func:`stch_weights`; the derivative of the logarithms while a nadir is missing.

@@ -5,12 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_mtl.arguments import in_range
-from lightning_mtl.balancer import LossBalancer, at_least_float32
-from lightning_mtl.numerics.adam import adam_step
-
-_FARTHEST = 70.0  # the logarithm of about 1e30: weights stay float32 numbers
-_STEEPEST = 1e15  # its square is a float32 number
+from lightning_mtl.loss_balancers._learned import Learned
 
 
 def uncertainty_weights(log_variances: Tensor) -> Tensor:
@@ -31,7 +26,7 @@ def uncertainty_weights(log_variances: Tensor) -> Tensor:
     return 0.5 * torch.exp(-log_variances)
 
 
-class UncertaintyWeighting(LossBalancer):
+class UncertaintyWeighting(Learned):
     r"""Learn a variance for every task and weigh its loss by the inverse.
 
     .. math:: L = \sum_t \Big( \frac{\ell_t}{2 e^{s_t}} + \frac{s_t}{2} \Big), \qquad
@@ -64,16 +59,10 @@ class UncertaintyWeighting(LossBalancer):
         Geometry and Semantics*, CVPR 2018.
     """
 
-    needs_current_losses = False
     log_variances: Tensor | None
-    moments: Tensor | None
 
     def __init__(self, init: float = 0.0, lr: float = 0.025) -> None:
-        super().__init__()
-        self.init = in_range(self, "init", init, -_FARTHEST, _FARTHEST, open_high=False)
-        self.lr = in_range(self, "lr", lr, open_low=True)
-        self.add_state("log_variances", self.init, per_task=True)
-        self.add_state("moments", 0.0, per_task=True)
+        super().__init__("log_variances", init, lr)
 
     def loss_weights(self, losses: Tensor) -> Tensor:
         """See :func:`uncertainty_weights`.
@@ -84,20 +73,8 @@ class UncertaintyWeighting(LossBalancer):
         Returns:
             Weights of the shape, dtype and device of ``losses``.
         """
-        s = self.per_task_state("log_variances", at_least_float32(losses))
-        return uncertainty_weights(s).to(losses.dtype)
+        return uncertainty_weights(self.learned(losses)).to(losses.dtype)
 
-    def update(self, losses: Tensor, after: Tensor | None = None) -> None:
-        """One step of Adam on the variances of these tasks.
-
-        Args:
-            losses: task losses of the step, shape ``(T,)``.
-            after: not used.
-        """
-        super().update(losses, after)
-        wide = at_least_float32(losses)
-        s = self.per_task_state("log_variances", wide)
-        moments = self.per_task_state("moments", wide, (3,))
-        gradient = 0.5 - wide * uncertainty_weights(s)
-        adam_step(s, gradient.clamp(-_STEEPEST, _STEEPEST), moments, self.lr)
-        s.clamp_(-_FARTHEST, _FARTHEST)
+    def slope(self, s: Tensor, losses: Tensor) -> Tensor:
+        """The derivative of :math:`L`, shape ``(T,)``."""
+        return 0.5 - losses * uncertainty_weights(s)

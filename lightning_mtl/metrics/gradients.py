@@ -89,14 +89,41 @@ class _GramianMetric(Metric):
             )
         return [self.task_names.index(task) for task in present]
 
-    def _by_pair(self, matrix: Tensor) -> dict[str, Tensor]:
-        names = self.task_names
-        matrix = matrix.reshape(len(names), len(names))
-        return {
-            f"{names[i]}-{names[j]}": matrix[i, j]
-            for i in range(len(names))
-            for j in range(i + 1, len(names))
-        }
+    def update(self, gramian: Tensor, tasks: Sequence[str] | None = None) -> None:
+        """Add one step.
+
+        Args:
+            gramian: inner products of the task gradients, shape ``(T, T)``, any float dtype.
+            tasks: names of its rows when some tasks are absent.
+        """
+        self._add(self._rows(gramian, tasks), gramian)
+
+    def _add(self, rows: list[int], gramian: Tensor) -> None:
+        """Add the Gramian of these tasks."""
+        raise NotImplementedError
+
+    def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: Any = None) -> Any:
+        """Draw the value; lines over steps when ``val`` is a sequence of results.
+
+        Args:
+            val: a result of ``compute`` or ``forward``, or several; by default ``compute()``.
+            ax: axes to draw on.
+
+        Returns:
+            Figure and axes.
+        """
+        if isinstance(val, Sequence):
+            lines: list[Any] = [self._lines(v) for v in val]
+            return self._plot(lines, ax)
+        return self._draw(self.compute() if val is None else val, ax)
+
+    def _lines(self, value: Tensor) -> Tensor | dict[str, Tensor]:
+        """A value as what is drawn over steps."""
+        return value
+
+    def _draw(self, value: Tensor, ax: Any) -> Any:
+        """One value."""
+        return self._plot(value, ax)
 
 
 class GradientNorm(_GramianMetric):
@@ -128,14 +155,7 @@ class GradientNorm(_GramianMetric):
         self.add_state("norm_sum", torch.zeros(size), dist_reduce_fx="sum")
         self.add_state("count", torch.zeros(size, dtype=torch.long), dist_reduce_fx="sum")
 
-    def update(self, gramian: Tensor, tasks: Sequence[str] | None = None) -> None:
-        """Add one step.
-
-        Args:
-            gramian: inner products of the task gradients, shape ``(T, T)``, any float dtype.
-            tasks: names of its rows when some tasks are absent.
-        """
-        rows = self._rows(gramian, tasks)
+    def _add(self, rows: list[int], gramian: Tensor) -> None:
         self.norm_sum[rows] += gradient_norms(gramian).to(self.norm_sum)
         self.count[rows] += 1
 
@@ -143,25 +163,12 @@ class GradientNorm(_GramianMetric):
         """Mean norms over the steps in which each task was present."""
         return self.norm_sum / self.count
 
-    def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: Any = None) -> Any:
-        """Bars by task; lines over steps when ``val`` is a sequence of results.
-
-        Args:
-            val: a result of ``compute`` or ``forward``, or several; by default ``compute()``.
-            ax: axes to draw on.
-
-        Returns:
-            Figure and axes.
-        """
-        if isinstance(val, Sequence):
-            return self._plot([self._by_task(v) for v in val], ax)
-        return bars(
-            self._by_task(self.compute() if val is None else val), ax, ylabel="mean gradient norm"
-        )
-
-    def _by_task(self, norms: Tensor) -> dict[str, Tensor]:
-        norms = norms.reshape(len(self.task_names))
+    def _lines(self, value: Tensor) -> dict[str, Tensor]:
+        norms = value.reshape(len(self.task_names))
         return {str(name): norm for name, norm in zip(self.task_names, norms, strict=True)}
+
+    def _draw(self, value: Tensor, ax: Any) -> Any:
+        return bars(self._lines(value), ax, ylabel="mean gradient norm")
 
 
 class GradientCosine(_GramianMetric):
@@ -195,15 +202,9 @@ class GradientCosine(_GramianMetric):
         self.add_state("cosine_sum", torch.zeros(shape), dist_reduce_fx="sum")
         self.add_state("count", torch.zeros(shape, dtype=torch.long), dist_reduce_fx="sum")
 
-    def update(self, gramian: Tensor, tasks: Sequence[str] | None = None) -> None:
-        """Add one step.
-
-        Args:
-            gramian: inner products of the task gradients, shape ``(T, T)``, any float dtype.
-            tasks: names of its rows when some tasks are absent.
-        """
-        rows = torch.tensor(self._rows(gramian, tasks), device=self.cosine_sum.device)
-        block = (rows[:, None], rows[None, :])
+    def _add(self, rows: list[int], gramian: Tensor) -> None:
+        index = torch.tensor(rows, device=self.cosine_sum.device)
+        block = (index[:, None], index[None, :])
         cosines = gradient_cosines(gramian).to(self.cosine_sum)
         self.cosine_sum[block] += cosines.nan_to_num(nan=0.0)
         self.count[block] += ~cosines.isnan()
@@ -212,20 +213,18 @@ class GradientCosine(_GramianMetric):
         """Mean cosines, symmetric, with ones on the diagonal."""
         return self.cosine_sum / self.count
 
-    def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: Any = None) -> Any:
-        """Heat map of the task pairs; lines over steps when ``val`` is a sequence of results.
+    def _lines(self, value: Tensor) -> dict[str, Tensor]:
+        names = self.task_names
+        matrix = value.reshape(len(names), len(names))
+        return {
+            f"{names[i]}-{names[j]}": matrix[i, j]
+            for i in range(len(names))
+            for j in range(i + 1, len(names))
+        }
 
-        Args:
-            val: a result of ``compute`` or ``forward``, or several; by default ``compute()``.
-            ax: axes to draw on.
-
-        Returns:
-            Figure and axes.
-        """
-        if isinstance(val, Sequence):
-            return self._plot([self._by_pair(v) for v in val], ax)
+    def _draw(self, value: Tensor, ax: Any) -> Any:
         names = [str(name) for name in self.task_names]
-        matrix = (self.compute() if val is None else val).reshape(len(names), len(names))
+        matrix = value.reshape(len(names), len(names))
         return heat_map(matrix, names, ax, label="gradient cosine")
 
 
@@ -259,14 +258,7 @@ class ConflictRate(_GramianMetric):
         self.add_state("conflicts", torch.tensor(0), dist_reduce_fx="sum")
         self.add_state("pairs", torch.tensor(0), dist_reduce_fx="sum")
 
-    def update(self, gramian: Tensor, tasks: Sequence[str] | None = None) -> None:
-        """Add one step.
-
-        Args:
-            gramian: inner products of the task gradients, shape ``(T, T)``, any float dtype.
-            tasks: names of its rows when some tasks are absent.
-        """
-        self._rows(gramian, tasks)
+    def _add(self, rows: list[int], gramian: Tensor) -> None:
         conflicts, pairs = _count_conflicts(gramian)
         self.conflicts += conflicts.to(self.conflicts.device)
         self.pairs += pairs.to(self.pairs.device)
@@ -274,15 +266,3 @@ class ConflictRate(_GramianMetric):
     def compute(self) -> Tensor:
         """Conflicting pairs over counted pairs."""
         return self.conflicts / self.pairs
-
-    def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: Any = None) -> Any:
-        """The value, or a line over steps when ``val`` is a sequence of results.
-
-        Args:
-            val: a result of ``compute`` or ``forward``, or several; by default ``compute()``.
-            ax: axes to draw on.
-
-        Returns:
-            Figure and axes.
-        """
-        return self._plot(val, ax)

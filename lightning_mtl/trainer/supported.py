@@ -12,11 +12,10 @@ from lightning.pytorch.callbacks import BackboneFinetuning, BatchSizeFinder, Lea
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from lightning_mtl.balancer import Balancer, GradientBalancer, Perturbing
 from lightning_mtl.contract import PACKAGES, TaskModule, base_of
-from lightning_mtl.engine.forms.perturbed import Perturbing
 
 if TYPE_CHECKING:
-    from lightning_mtl.balancer import Balancer, GradientBalancer
     from lightning_mtl.engine.step import Flow
 
 _CURES = {
@@ -196,7 +195,7 @@ def check_batches(trainer: Trainer, balancer: GradientBalancer | None) -> None:
                 f"Expected {inside} outermost but found it inside {name}, for which no gradients "
                 f"are taken at perturbed parameters. Write `{inside}({name}(...))` instead."
             )
-    if isinstance(balancer, Perturbing):
+    if balancer.perturbs:
         _check_perturbing(trainer, balancer)
     _check_memory(trainer, balancer)
     if balancer.gradients != "parameters" and isinstance(trainer.strategy, ModelParallelStrategy):
@@ -231,7 +230,7 @@ def _check_memory(trainer: Trainer, balancer: GradientBalancer) -> None:
     if memory != "blocks" or balancer.gradients != "parameters":
         return
     found = ""
-    if not balancer.gramian_weighted or isinstance(balancer, Perturbing) or balancer.batches > 1:
+    if not balancer.gramian_weighted or balancer.perturbs or balancer.batches > 1:
         found = f"{name}, which needs task gradients whole"
     elif trainer.accumulate_grad_batches > 1:
         found = f"`accumulate_grad_batches={trainer.accumulate_grad_batches}`"

@@ -15,7 +15,7 @@ import pytest
 
 from lightning_mtl.cli import main
 from lightning_mtl.compare.request import Request
-from tests.compare_runs import CONFIG, MODEL, files, finished, printed, start, until
+from tests.compare.compare_runs import CONFIG, MODEL, files, finished, printed, start, until
 
 GRID = {"model.lr": [0.01, 0.3]}
 SEARCH = {"search": {"model.lr": {"low": 0.001, "high": 1, "log": True}}, "trials": 6}

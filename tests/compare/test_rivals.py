@@ -20,7 +20,7 @@ from lightning_mtl.compare.tuning.rivals import (
     add_rivals,
     fixed_weights,
 )
-from tests.compare_model import Points, TwoTasks
+from tests.compare.compare_model import Points, TwoTasks
 
 
 def test_two_tasks_are_weighted_from_one_extreme_to_the_other():

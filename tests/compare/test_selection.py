@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 
 from lightning_mtl.compare import CompareError
 from lightning_mtl.compare.selection import Kept
-from tests.compare_model import Points, TwoTasks
+from tests.compare.compare_model import Points, TwoTasks
 
 LOGGED = {
     "classify": {"acc": "val/classify/MulticlassAccuracy"},

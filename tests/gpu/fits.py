@@ -9,7 +9,7 @@ from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
 from lightning_mtl import Balancer, MultiTaskModule
-from tests.models import Batched, trainer
+from tests.common.models import Batched, trainer
 
 TASKS = ("a", "b", "c")
 

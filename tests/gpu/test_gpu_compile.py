@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from lightning_mtl import DualBalance, LogLoss, MinNorm
+from tests.common.models import Balanced, loader
 from tests.gpu.fits import fit, parameters
-from tests.models import Balanced, loader
 
 pytestmark = pytest.mark.gpu
 

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from lightning_mtl import DualBalance, GradientBalancer, MinNorm
+from tests.common.method_rows.row import Method
+from tests.common.methods import METHODS, direction, fixture, named
+from tests.common.models import Balanced, Plain, loader
 from tests.gpu.fits import Images, fit, images, parameters, states
-from tests.method_rows.row import Method
-from tests.methods import METHODS, direction, fixture, named
-from tests.models import Balanced, Plain, loader
-from tests.rank_cases import Labelled, batches
+from tests.ranks.rank_cases import Labelled, batches
 
 pytestmark = [
     pytest.mark.gpu,

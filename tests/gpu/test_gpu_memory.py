@@ -10,10 +10,10 @@ from lightning.pytorch import Callback
 from torch import nn
 
 from lightning_mtl import DualBalance, LogLoss, MinNorm
+from tests.common.method_rows.row import Method
+from tests.common.models import Balanced, Batched, loader
+from tests.engine.test_gradient_memory import ROWS, WEIGHTED
 from tests.gpu.fits import fit, parameters, states, trainer_on
-from tests.method_rows.row import Method
-from tests.models import Balanced, Batched, loader
-from tests.test_gradient_memory import ROWS, WEIGHTED
 
 pytestmark = pytest.mark.gpu
 TASKS = ("a", "b", "c")

@@ -12,9 +12,9 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch.distributed.tensor import DTensor
 
 from lightning_mtl import DualBalance, LogLoss, MinNorm, NashMTL, PCGrad, TaskTensioner
+from tests.common.models import loader
 from tests.gpu.fits import trainer_on
-from tests.models import loader
-from tests.rank_cases import Fsdp2, Labelled, batches
+from tests.ranks.rank_cases import Fsdp2, Labelled, batches
 
 pytestmark = [
     pytest.mark.gpu,

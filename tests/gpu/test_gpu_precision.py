@@ -10,8 +10,8 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor
 
 from lightning_mtl import DualBalance, LogLoss, MinNorm, NashMTL
+from tests.common.models import Balanced, Plain, Sum, loader
 from tests.gpu.fits import fit, parameters, trainer_on
-from tests.models import Balanced, Plain, Sum, loader
 
 pytestmark = [
     pytest.mark.gpu,

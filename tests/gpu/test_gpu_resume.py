@@ -10,9 +10,9 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_mtl import Balancer
+from tests.common.models import Balanced, resume_from
 from tests.gpu.fits import parameters, states, trainer_on
-from tests.models import Balanced, resume_from
-from tests.test_resume import BALANCERS, SavedLoader
+from tests.trainer.test_resume import BALANCERS, SavedLoader
 
 pytestmark = pytest.mark.gpu
 MEMORIES = ("full", "host")

@@ -11,8 +11,8 @@ from lightning.pytorch import Callback
 
 from benchmarks.launches import Copies, counted, each, traced
 from lightning_mtl import DualBalance, LogLoss, MinNorm, NashMTL
+from tests.common.models import Balanced, Batched, loader
 from tests.gpu.fits import trainer_on
-from tests.models import Balanced, Batched, loader
 
 pytestmark = pytest.mark.gpu
 FEW, MORE, FIRST = 2, 10, 4  # steps of the two windows, and where they begin

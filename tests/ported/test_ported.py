@@ -30,8 +30,8 @@ from lightning_mtl import (
     TaskTensioner,
     UncertaintyWeighting,
 )
-from tests.models import Batched, trainer
-from tests.test_resume import states
+from tests.common.models import Batched, trainer
+from tests.trainer.test_resume import states
 
 MODULES = [
     "mask_rcnn",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from lightning_mtl.engine.forms.probe import Probe
+from lightning_mtl.engine.forms.narrow import Probe
 from lightning_mtl.engine.gradients.rows import TaskGradients
 from lightning_mtl.numerics import inner
 from lightning_mtl.numerics.flat import real

@@ -13,8 +13,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_mtl.contract import TaskModule
 from lightning_mtl.engine.again import Reached, Seen, replayed
-from lightning_mtl.engine.forms.probe import Probe
+from lightning_mtl.engine.forms.narrow import Probe
 from lightning_mtl.engine.gradients.host import to_host
+from lightning_mtl.engine.gradients.over_columns import Product
 from lightning_mtl.engine.gradients.rows import TaskGradients
 from lightning_mtl.numerics import inner
 from lightning_mtl.numerics.flat import as_grad, real
@@ -69,9 +70,12 @@ class Products(Probe):
         mean = 0.5 * (first + second * size)
         return torch.where(size.isfinite(), mean, first)
 
-    corrects = True
+    @property
+    def product(self) -> Product:
+        """Exact products with the Gramian of all shared parameters."""
+        return self._product
 
-    def product(self, weights: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def _product(self, weights: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Inner products of all task gradients with their combination.
 
         Args:
@@ -110,12 +114,10 @@ class Products(Probe):
                 return self.rows.new_zeros(len(self.rows), len(self.rows), dtype=torch.float64)
         # One step of subspace iteration, from cosines: no random numbers, the same on every rank.
         number = min(_COMPONENTS, width, len(samples) if ranks.alone else width)
-        steps = torch.arange(number, device=z.device, dtype=samples.dtype)
-        start = torch.cos(
-            steps * torch.arange(width, device=z.device, dtype=samples.dtype)[:, None]
-        )
+        places = torch.arange(width, device=z.device, dtype=samples.dtype)
+        start = torch.cos(places[:number] * places[:, None])
         basis = torch.linalg.qr(ranks.sum_(samples.T @ (samples @ start)))[0]
-        rows = self.rows.view(len(self.rows), *samples.shape)
+        rows = self.rows.view(-1, *samples.shape)
         sums = ranks.sum_((samples @ basis).T @ rows)  # (T, components, width)
         return inner.gramian(sums.flatten(1))
 

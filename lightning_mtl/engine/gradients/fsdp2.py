@@ -70,10 +70,6 @@ class ShardedParameters(TaskGradients):
         """Its columns of the rows of every micro-batch, shape ``(batches, T, m)``."""
         return torch.stack([*self._apart, self._close()])
 
-    def sizes(self, rows: Tensor) -> Tensor:
-        """Sizes of rows, complete over all columns."""
-        return self.sum_shards(super().sizes(rows))
-
     def sum_shards(self, partial: Tensor) -> Tensor:
         """Sums over columns, completed over the processes that have the others."""
         return self.ranks.sum_(partial)

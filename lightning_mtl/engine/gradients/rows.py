@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from lightning_mtl.balancer import Columns
 from lightning_mtl.engine.gradients.heads import HeadGradients, refuse_sparse, summed_heads
+from lightning_mtl.engine.gradients.over_columns import OverColumns
 from lightning_mtl.engine.gradients.reach import Reach, from_graph, on_any_rank, paths
 from lightning_mtl.engine.gradients.task_losses import TaskLosses
-from lightning_mtl.numerics import inner
 from lightning_mtl.numerics.flat import Line, as_grad, check_device, places, real, views, wide
 from lightning_mtl.numerics.storage import Memory, allocate, combine, narrow
 from lightning_mtl.ranks import OneProcess
@@ -21,7 +21,7 @@ from lightning_mtl.state import Shards
 Named = dict[str, nn.Parameter]
 
 
-class TaskGradients:
+class TaskGradients(OverColumns):
     """Collects one gradient a task, adds up micro-batches, and writes the balanced direction back.
 
     Shared parameters are those that two or more tasks reach (with one task: all that it reaches),
@@ -38,7 +38,6 @@ class TaskGradients:
     """
 
     kept = True
-    corrects = False
     representation: Tensor | None = None
 
     def __init__(
@@ -108,10 +107,6 @@ class TaskGradients:
         reached = from_graph(losses, self.parameters, self.num_tasks)
         left_out = [t for t, _ in losses.left_out]
         self._find(reached, [*losses.present, *losses.bad, *left_out])
-
-    def product(self, weights: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Not needed: the rows are those of all shared parameters."""
-        raise NotImplementedError
 
     def note_late(self) -> None:
         """Look for parameters outside the rows that a second task has reached by now."""
@@ -262,30 +257,10 @@ class TaskGradients:
             self.rows[0].zero_()
         return self.ranks.sum_(self.rows[0])
 
-    def sum_shards(self, partial: Tensor) -> Tensor:
-        """Sums over columns, completed over the processes that have others: here, nobody has."""
-        return partial
-
-    def gramian(self, rows: Tensor) -> Tensor:
-        """Inner products of the rows, complete over all columns, shape ``(T, T)``, float64."""
-        return self.sum_shards(inner.gramian(rows))
-
-    def along(self, rows: Tensor, direction: Tensor) -> Tensor:
-        """Inner products of the rows with the direction, over all columns, shape ``(T,)``."""
-        return self.sum_shards(inner.along(rows, direction))
-
-    def length(self, direction: Tensor) -> Tensor:
-        """Norm of the direction over all columns."""
-        return self.sum_shards(inner.gramian(direction[None])[0, 0]).sqrt()
-
     @property
     def shards(self) -> Shards | None:
         """How columns are divided over processes; ``None`` when each has all of them."""
         return None
-
-    def sizes(self, rows: Tensor) -> Tensor:
-        """Not finite for rows that are not, zero for rows of zeros; over all columns, float64."""
-        return inner.largest(rows)
 
     def _close(self) -> Tensor:
         if self.shared is None:

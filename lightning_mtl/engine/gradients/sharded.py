@@ -81,10 +81,6 @@ class ShardedGradients(TaskGradients):
         """Itself."""
         return self
 
-    def sizes(self, rows: Tensor) -> Tensor:
-        """Sizes of rows, complete over all columns."""
-        return self.ranks.sum_(super().sizes(rows))
-
     def combine(self, weights: Tensor) -> Tensor:
         """This process's part of the direction, shape ``(m,)``."""
         return combine(self.shard, weights, self._own)

@@ -1,0 +1,517 @@
+"""`lightning-mtl compare`: the grid, its files, its answer, and what it refuses."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+from argparse import Namespace
+from html.parser import HTMLParser
+from pathlib import Path
+from statistics import fmean, stdev
+
+import pytest
+import torch
+import yaml
+from lightning.pytorch import Trainer, seed_everything
+
+from lightning_mtl import MinNorm
+from lightning_mtl.cli import main
+from lightning_mtl.compare.answer import answer
+from lightning_mtl.compare.grid import Run
+from lightning_mtl.compare.progress import Progress
+from lightning_mtl.compare.request import Request
+from lightning_mtl.compare.table import console_table, summarise
+from tests.common.places import ROOT
+from tests.compare.compare_model import Points, TwoTasks
+from tests.compare.compare_runs import PLAIN
+
+METRICS = {"classify": "MulticlassAccuracy", "regress": "MeanSquaredError"}
+HIGHER = {"classify": True, "regress": False}
+CONFIG = {
+    "model": {"class_path": "tests.compare.compare_model.TwoTasks", "init_args": {"width": 8}},
+    "data": {"class_path": "tests.compare.compare_model.Points"},
+    "trainer": {"max_epochs": 3, "accelerator": "cpu"},
+}
+GOOD = {
+    "equal": [],
+    "minnorm": [{"class_path": "MinNorm"}],
+    "fixed-x3": [{"class_path": "Scalarization", "init_args": {"weights": {"regress": 3.0}}}],
+}
+BAD = {
+    "broken": [{"class_path": "tests.compare.compare_model.Broken"}],
+    "killed": [{"class_path": "tests.compare.compare_model.Killed"}],
+}
+
+
+def files(folder: Path, config: dict = CONFIG, balancers: dict = GOOD) -> list[str]:
+    """Write the two files and give the options that name them."""
+    (folder / "C.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    (folder / "B.yaml").write_text(yaml.safe_dump(balancers, sort_keys=False))
+    return [*PLAIN, "--config", "C.yaml", "--balancers", "B.yaml", "--out", "out"]
+
+
+def start(folder: Path, *options: str) -> subprocess.Popen:
+    """The command as a process group of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "lightning_mtl", "compare", *options],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def records(folder: Path) -> dict[str, dict]:
+    lines = (folder / "out" / "results.jsonl").read_text().splitlines()
+    return {record["run"]: record for record in map(json.loads, lines)}
+
+
+def numbers(folder: Path) -> dict[str, dict]:
+    """Metrics of all finished training runs."""
+    return {
+        name: {"steps": record["steps"], **record["metrics"]}
+        for name, record in records(folder).items()
+        if record["kind"] == "train" and record["status"] == "finished"
+    }
+
+
+class Grid(Namespace):
+    folder: Path
+    code: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture(scope="module")
+def grid(tmp_path_factory: pytest.TempPathFactory) -> Grid:
+    """A whole comparison, two balancers of which fail."""
+    folder = tmp_path_factory.mktemp("grid")
+    options = files(folder, balancers={**GOOD, **BAD})
+    process = start(folder, *options, "--seeds", "2", "--workers", "2")
+    stdout, stderr = process.communicate()
+    return Grid(folder=folder, code=process.returncode, stdout=stdout, stderr=stderr)
+
+
+def test_every_run_is_recorded(grid: Grid):
+    expected = {f"single-task-{task}-seed{seed}" for task in METRICS for seed in (0, 1)}
+    expected |= {f"{name}-seed{seed}" for name in {**GOOD, **BAD} for seed in (0, 1)}
+    expected |= {f"{name}-seed0-timing" for name in {**GOOD, **BAD}} | {"equal-seed0-curves"}
+    assert set(records(grid.folder)) == expected, grid.stderr
+    assert {r["steps"] for r in numbers(grid.folder).values()} == {12}
+    for kind in ("train", "timing"):
+        finished = [r for r in records(grid.folder).values() if r["kind"] == kind]
+        assert {r["method"] for r in finished if r["status"] == "failed"} == set(BAD)
+
+
+def test_progress_covers_the_whole_grid(grid: Grid):
+    lines = [line for line in grid.stdout.splitlines() if re.match(r"\[ ?\d+/20\]", line)]
+    assert [int(line[1:3]) for line in lines] == list(range(1, 21))
+    assert all(
+        re.search(r"\| \d+ (s|min) so far, about \d+ (s|min) left$", line) for line in lines[:-1]
+    )
+    assert not grid.stderr
+
+
+def test_failures_are_shown_and_the_others_go_on(grid: Grid):
+    assert grid.code == 1
+    report = (grid.folder / "out" / "report.html").read_text()
+    for text in ("ArithmeticError: this balancer always fails", "ended with signal 9 (SIGKILL)"):
+        assert text in grid.stdout
+        assert text in report
+    assert "broken (3 FAILED)" in grid.stdout
+    assert "FAILED killed-seed1" in grid.stdout
+    log = (grid.folder / "out" / "logs" / "broken-seed0.log").read_text()
+    assert "in weights" in log
+    assert log.rstrip().endswith("ArithmeticError: this balancer always fails")
+
+
+def test_numbers_are_those_of_a_training_by_hand(grid: Grid):
+    for name, seed, callbacks, tasks in (
+        ("minnorm-seed0", 0, [MinNorm()], None),
+        ("single-task-regress-seed1", 1, [], ["regress"]),
+    ):
+        seed_everything(seed, verbose=False)
+        model = TwoTasks(width=8)
+        model.active_tasks = tasks
+        seed_everything(seed, verbose=False)
+        trainer = Trainer(
+            max_epochs=3,
+            accelerator="cpu",
+            callbacks=callbacks,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+        )
+        trainer.fit(model, datamodule=Points())
+        trainer.validate(model, datamodule=Points(), verbose=False)
+        for task, found in records(grid.folder)[name]["metrics"].items():
+            logged = trainer.callback_metrics[f"val/{task}/{METRICS[task]}"]
+            assert found == {METRICS[task]: pytest.approx(float(logged), rel=1e-7)}
+
+
+def test_summary_follows_from_the_results(grid: Grid):
+    runs = numbers(grid.folder)
+    base = {
+        task: fmean(runs[f"single-task-{task}-seed{seed}"][task][metric] for seed in (0, 1))
+        for task, metric in METRICS.items()
+    }
+    content = json.loads((grid.folder / "out" / "baseline.json").read_text())
+    assert content["format"] == 1
+    for task, metric in METRICS.items():
+        assert content["tasks"][task] == {
+            metric: {"value": pytest.approx(base[task]), "higher_is_better": HIGHER[task]}
+        }
+
+    with (grid.folder / "out" / "summary.csv").open() as file:
+        rows = {row["method"]: row for row in csv.DictReader(file)}
+    assert list(rows) == ["single-task", *GOOD, *BAD]
+    timing = {m: records(grid.folder)[f"{m}-seed0-timing"] for m in GOOD}
+    for method in GOOD:
+        row = rows[method]
+        by_task = {}
+        for task, metric in METRICS.items():
+            values = [runs[f"{method}-seed{seed}"][task][metric] for seed in (0, 1)]
+            assert float(row[f"{task}/{metric} mean"]) == pytest.approx(fmean(values))
+            assert float(row[f"{task}/{metric} std"]) == pytest.approx(stdev(values))
+            sign = 100 if HIGHER[task] else -100
+            by_task[task] = [sign * (value - base[task]) / base[task] for value in values]
+            assert float(row[f"delta_p/{task} mean"]) == pytest.approx(fmean(by_task[task]))
+        over_seeds = [fmean(pair) for pair in zip(*by_task.values(), strict=True)]
+        assert float(row["delta_p mean"]) == pytest.approx(fmean(over_seeds))
+        assert float(row["delta_p std"]) == pytest.approx(stdev(over_seeds))
+        assert f"{fmean(over_seeds):+.2f} ± {stdev(over_seeds):.2f}" in grid.stdout
+        ratio = 1.0 if method == "equal" else timing[method]["step_ratio"]
+        assert float(row["step_ratio"]) == ratio
+        assert float(row["step_ms"]) > 0
+        assert float(row["peak_mb"]) > 0
+    assert rows["broken"]["delta_p mean"] == ""
+    assert rows["broken"]["failed"] == "broken-seed0; broken-seed1; broken-seed0-timing"
+
+
+def test_baseline_file_gives_a_module_its_delta_p(grid: Grid):
+    path = grid.folder / "out" / "baseline.json"
+    model = TwoTasks(width=8, baseline=str(path))
+    trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, devices=1)
+    trainer.validate(model, datamodule=Points(), verbose=False)
+    base = json.loads(path.read_text())["tasks"]["regress"]["MeanSquaredError"]["value"]
+    value = float(trainer.callback_metrics["val/regress/MeanSquaredError"])
+    found = float(trainer.callback_metrics["val/delta_p/regress"])
+    assert found == pytest.approx(100 * (base - value) / base, rel=1e-4)
+
+
+def test_curves_start_from_the_same_weights_and_data(grid: Grid):
+    curves = {
+        path.stem: [json.loads(line) for line in path.read_text().splitlines()]
+        for path in (grid.folder / "out" / "curves").iterdir()
+    }
+    assert set(curves) == {"minnorm-seed0", "equal-seed0-curves"}
+    for points in curves.values():
+        assert [point["step"] for point in points] == list(range(12))
+        assert all(-1 <= point["cosines"]["classify / regress"] <= 1 for point in points)
+    first = [points[0] for points in curves.values()]
+    assert first[0]["norms"] == pytest.approx(first[1]["norms"])
+    assert curves["minnorm-seed0"][-1]["norms"] != curves["equal-seed0-curves"][-1]["norms"]
+
+
+class _Sources(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list) -> None:
+        self.found += [value for name, value in attrs if name in ("src", "href")]
+
+
+def test_report_needs_no_other_file(grid: Grid):
+    report = (grid.folder / "out" / "report.html").read_text()
+    sources = _Sources()
+    sources.feed(report)
+    assert len(sources.found) == 4
+    assert all(source.startswith("data:image/png;base64,iVBOR") for source in sources.found)
+    assert "url(" not in report
+    assert f"<td>{torch.__version__}</td>" in report
+    assert "class_path: Scalarization" in report
+    for name in ("delta_p", "runs", "gradient_cosines", "gradient_norms"):
+        assert (grid.folder / "out" / f"{name}.png").read_bytes().startswith(b"\x89PNG\r\n")
+
+
+def table(folder: Path) -> list[dict[str, str]]:
+    """``summary.csv`` without what is measured in seconds and bytes."""
+    with (folder / "out" / "summary.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    measured = ("step_ms", "step_ratio", "peak_mb")
+    return [{k: v for k, v in row.items() if k not in measured} for row in rows]
+
+
+def test_killed_three_times_it_ends_with_the_same_numbers(grid: Grid, tmp_path: Path):
+    options = files(tmp_path)
+    path = tmp_path / "out" / "results.jsonl"
+    before = ""
+    for _ in range(3):
+        process = start(tmp_path, *options, "--seeds", "1", "--workers", "2")
+        for _ in range(random.Random().randrange(2, 4)):  # the headline, then a line a run
+            assert process.stdout.readline()
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+        assert path.read_text().startswith(before)
+        before = path.read_text()
+    assert 3 <= len(before.splitlines()) < 9
+    path.write_text(before + before.splitlines()[0][:40])  # a line cut short
+
+    process = start(tmp_path, *options, "--seeds", "2", "--workers", "1")
+    stdout, stderr = process.communicate()
+    assert process.returncode == 0, stdout + stderr
+    assert stdout.startswith(f"14 runs, {len(before.splitlines())} of them finished before")
+    assert path.read_text().startswith(before)
+    expected = {n: v for n, v in numbers(grid.folder).items() if not n.startswith(tuple(BAD))}
+    assert numbers(tmp_path) == expected
+    assert table(tmp_path) == [row for row in table(grid.folder) if row["method"] not in BAD]
+    folders = [folder / "out" for folder in (tmp_path, grid.folder)]
+    for name in ("baseline.json", "curves/minnorm-seed0.jsonl", "curves/equal-seed0-curves.jsonl"):
+        assert (folders[0] / name).read_text() == (folders[1] / name).read_text()
+
+
+# ------------------------------------------------------------------- refusals
+
+
+def refused(folder: Path, capsys: pytest.CaptureFixture, *options: str) -> str:
+    """The message of a request that trains nothing and leaves no folder."""
+    assert main(["compare", *files_or(folder, options)]) == 2
+    captured = capsys.readouterr()
+    assert not captured.out
+    assert not (folder / "out").exists()
+    return captured.err
+
+
+def files_or(folder: Path, options: tuple[str, ...]) -> list[str]:
+    return [*PLAIN, "--config", "C.yaml", "--balancers", "B.yaml", "--out", "out", *options]
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return tmp_path
+
+
+def one(class_path: str, **init_args: object) -> dict:
+    return {"equal": [], "mine": [{"class_path": class_path, "init_args": init_args}]}
+
+
+MODEL = "tests.compare.compare_model."
+
+
+@pytest.mark.parametrize(
+    ("balancers", "message"),
+    [
+        (one("MinNrom"), r"balancer `mine`.*no class `MinNrom`. Did you mean `MinNorm`\?"),
+        (one("no_such.Balancer"), r"balancer `mine`.*no_such"),
+        (one(MODEL + "Nothing"), r"balancer `mine`.*Nothing"),
+        (one(MODEL + "Picky"), r"balancer `mine`.*rate"),
+        (one(MODEL + "Picky", rate=-1.0), r"balancer `mine`.*`rate` above 0 but found -1.0"),
+        (one("Scalarization", weights={"nope": 1.0}), r"`mine` does not fit the model.*nope"),
+        (
+            {"two": [{"class_path": "MinNorm"}, {"class_path": "CentralDirection"}]},
+            r"`two` does not fit the model.*MinNorm, CentralDirection",
+        ),
+        ({"equal": [{"class_path": "MinNorm"}]}, r"`equal` in B.yaml to be equal weighting"),
+        ({"single-task": []}, r"do not start with `single-task`"),
+        ({"": []}, r"names of balancers that are not empty.*\[''\]"),
+        ({"mine": [{"init_args": {}}]}, r"`mine` holds.*Give it a `class_path`"),
+        ({}, r"to map a name to its callbacks.*at least one"),
+    ],
+)
+def test_balancers_that_cannot_run(here, capsys, balancers, message):
+    files(here, balancers=balancers)
+    assert re.search(message, refused(here, capsys), re.DOTALL)
+
+
+def changed(path: str, value: object) -> dict:
+    """The config with another value at ``path``."""
+    config = json.loads(json.dumps(CONFIG))
+    *folders, last = path.split(".")
+    inner = config
+    for folder in folders:
+        inner = inner[folder]
+    inner[last] = value
+    return config
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (changed("model.class_path", MODEL + "Nothing"), r"C.yaml to be a config.*Nothing"),
+        (changed("model.init_args.measured", "none"), r"at least one task.*for classify, regress"),
+        (changed("model.init_args.width", "wide"), r"C.yaml to be a config.*width"),
+        (changed("trainer.max_epoch", 3), r"C.yaml to be a config.*max_epoch"),
+        (changed("trainer.devices", 2), r"one device a run but C.yaml asks for 2"),
+        (changed("trainer.callbacks", {"class_path": "MinNorm"}), r"no balancer.*found MinNorm"),
+        (changed("ckpt_path", "last.ckpt"), r"no `ckpt_path`.*last.ckpt"),
+    ],
+)
+def test_configs_that_cannot_run(here, capsys, config, message):
+    files(here, config=config)
+    assert re.search(message, refused(here, capsys), re.DOTALL)
+
+
+def test_options_that_make_no_sense(here, capsys):
+    files(here)
+    assert "--seeds to be at least 1 but found 0" in refused(here, capsys, "--seeds", "0")
+    assert "--workers to be at least 1" in refused(here, capsys, "--workers", "-1")
+    message = refused(here, capsys, "--only", "minnorm,nope")
+    assert "--only to name some of equal, minnorm, fixed-x3 but found ['nope']" in message
+    (here / "B.yaml").write_text("equal: [")
+    assert "Expected B.yaml to be YAML" in refused(here, capsys)
+    (here / "B.yaml").unlink()
+    assert "a YAML file at B.yaml but found none" in refused(here, capsys)
+
+
+def test_another_comparison_in_the_folder(grid, here, capsys):
+    files(here, config=changed("trainer.max_epochs", 5), balancers={**GOOD, **BAD})
+    out = grid.folder / "out"
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    options = ["compare", *files_or(here, ())[:-1], str(out)]
+    assert main(options) == 2
+    message = capsys.readouterr().err
+    assert "config.trainer.max_epochs: 3 in the folder, 5 now" in message
+    assert "another folder with --out" in message
+
+    files(here, balancers={**GOOD, "broken": [{"class_path": "LogLoss"}]})
+    assert main([*options, "--split", "test"]) == 2
+    message = capsys.readouterr().err
+    expected = (
+        "balancers.broken.0.class_path: 'tests.compare.compare_model.Broken' in the folder, "
+        "'LogLoss' now"
+    )
+    assert expected in message
+    assert "split: 'val' in the folder, 'test' now" in message
+    assert "balancers.killed.0.class_path" in message
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+
+
+def test_split_names_the_metrics_that_are_read(here):
+    files(here, balancers={"minnorm": [{"class_path": "MinNorm"}]})
+    options = Namespace(
+        config="C.yaml",
+        balancers="B.yaml",
+        seeds=1,
+        workers=1,
+        only=None,
+        split="test",
+        rivals="none",
+        select="last",
+        last_k=1,
+    )
+    request = Request(options)
+    assert request.logged["regress"] == {"MeanSquaredError": "test/regress/MeanSquaredError"}
+    assert request.directions == {t: {METRICS[t]: HIGHER[t]} for t in METRICS}
+    assert list(request.methods) == ["equal", "minnorm"]  # the reference is always there
+
+
+# ------------------------------------------------------ the answer in numbers
+
+KINDS = {"equal": "equal", "fixed": "fixed", "mine": "balancer"}
+
+
+def summary_of(
+    equal: list[float],
+    fixed: list[float],
+    mine: list[float],
+    single: float = 1.0,
+    alone: list[float] | None = None,
+):
+    """A comparison with given accuracies of task `a`; task `b` is always as good as alone."""
+    runs = [
+        {"method": "single-task", "task": task, "seed": seed, "metrics": {task: {"acc": value}}}
+        for task in ("a", "b")
+        for seed, value in enumerate(alone or [single])
+    ]
+    for method, values in {"equal": equal, "fixed": fixed, "mine": mine}.items():
+        runs += [
+            {"method": method, "seed": seed, "metrics": {"a": {"acc": v}, "b": {"acc": single}}}
+            for seed, v in enumerate(values)
+        ]
+    runs = [{"run": str(i), "kind": "train", "status": "finished", **r} for i, r in enumerate(runs)]
+    return summarise(runs, {"a": {"acc": True}, "b": {"acc": True}}, KINDS, {})
+
+
+NOISE = [0.001, -0.001, 0.0005, 0.0, -0.0005]
+
+
+def around(mean: float, turn: int) -> list[float]:
+    """Five values of that mean; each ``turn`` pairs them with other seeds."""
+    return [mean + x for x in NOISE[turn:] + NOISE[:turn]]
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "verdict", "single"),
+    [
+        ((0.9, 0.9, 1.1), "Yes: balancing helps", "is above single-task"),
+        ((0.9, 0.9, 0.95), "Yes: balancing helps", "a model per task remains better"),
+        ((0.8, 1.0, 0.999), "No: fixed", "a model per task does as well"),
+        ((0.9, 0.8, 0.85), "No: equal", "a model per task remains better"),
+    ],
+)
+def test_answer(accuracies, verdict, single):
+    means = [around(mean, turn) for turn, mean in enumerate(accuracies)]
+    sentences = answer(summary_of(*means, alone=around(1.0, 3)))
+    assert sentences[0].startswith(verdict)
+    assert any(single in sentence for sentence in sentences), sentences
+    assert any("5 seeds (0 to 4) of 3 methods, 15 runs" in sentence for sentence in sentences)
+
+
+def test_answer_of_runs_that_spread():
+    wide = [0.9, 0.8, 1.0]
+    sentences = answer(summary_of(wide, wide[::-1], [0.8, 1.1, 0.95], alone=[1.0, 1.1, 0.9]))
+    assert sentences[0].startswith("Cannot tell: with 3 seeds only an advantage above")
+    assert sentences[1].startswith("Cheapest way on: --confirm")
+
+
+def test_answer_admits_what_it_does_not_know():
+    sentences = answer(summary_of([0.9], [0.9], [1.0]))
+    assert sentences[0].startswith("Cannot tell: on the one seed that was run, mine (Δp +0.00 %)")
+    sentences = answer(summary_of([0.9, 0.91], [0.9, 0.9], [1.0, 1.01]))
+    assert sentences[0].startswith("Cannot tell: two seeds are for screening only")
+    assert answer(summary_of([0.9], [0.9], []))[0] == "No answer: no balancer has a finished run."
+    zero = summary_of([0.9], [0.9], [1.0], single=0.0)
+    assert answer(zero)[0].startswith("No answer: Δp is not defined")
+    assert "No Δp: " in console_table(zero)
+    nothing = summarise([], {"a": {"acc": True}}, KINDS, {})
+    assert "no finished single-task run of a" in answer(nothing)[0]
+
+
+def test_time_left_counts_each_kind_by_itself():
+    now = iter([0.0, 10.0, 20.0])
+    earlier = [{"kind": "train", "seconds": 6.0}]
+    progress = Progress(6, {"train": 3, "timing": 2}, earlier, 2, clock=lambda: next(now))
+    assert progress.headline() == "6 runs, 1 of them finished before; 2 side by side"
+    record = {"status": "finished", "kind": "train", "seconds": 10.0, "metrics": {"a": {"acc": 1}}}
+    line = progress.line(Run("train", "mine", 1), record)
+    # two more of (6 + 10) / 2 seconds side by side, two timings of as long one after the other
+    assert line == "[2/6] mine, seed 1: a acc 1 (10 s) | 10 s so far, about 24 s left"
+    record = {"status": "finished", "kind": "timing", "seconds": 2.0, "step_ms": 1, "peak_mb": None}
+    line = progress.line(Run("timing", "mine", 0), record)
+    assert line == "[3/6] mine, timing: 1.00 ms a step | 20 s so far, about 10 s left"
+
+
+def test_a_config_that_changes_meanwhile_is_not_mixed(tmp_path: Path):
+    options = files(tmp_path)
+    process = start(tmp_path, *options, "--seeds", "1")
+    assert process.stdout.readline().startswith("9 runs")  # it has read the request
+    changed_config = {**CONFIG, "trainer": {"max_epochs": 1, "accelerator": "cpu"}}
+    (tmp_path / "C.yaml").write_text(yaml.safe_dump(changed_config))
+    stdout, _ = process.communicate()
+    assert process.returncode == 1
+    assert "Expected C.yaml as it was when the comparison started" in stdout
+    assert {record["steps"] for record in numbers(tmp_path).values()} <= {36}
