@@ -316,15 +316,16 @@ def _facts(options: argparse.Namespace, command: str, phases: Phases) -> list[tu
     chosen = [(f"settings of {row}", str(choice)) for row, choice in phases.choices().items()]
     if phases.factor is not None:
         chosen.append((f"steps of {NAMES[TIME]}", f"{phases.factor:.2f} times those of the file"))
-    weights = {LAST: "the last ones", BEST: "the best ones on validation data"}
-    last_k = f"mean of the metrics of the last {options.last_k} validations"
+    if options.select != LAST:
+        last_k = f"the last {options.last_k} validations, their metrics averaged"
+        weights = "the best ones on validation data" if options.select == BEST else last_k
+        chosen.append(("weights that count", weights))
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     machine = f"{platform.system()} {platform.machine()}, {os.cpu_count()} processors, {device}"
     return [
         ("command", command),
         ("seeds", ", ".join(map(str, range(options.seeds)))),
         ("evaluated on", "validation data" if options.split == "val" else "test data"),
-        ("weights that count", weights.get(options.select, last_k)),
         *chosen,
         ("lightning-mtl", __version__),
         ("lightning", lightning.__version__),

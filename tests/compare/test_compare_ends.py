@@ -108,7 +108,7 @@ def test_a_second_start_is_refused_and_a_dead_owner_keeps_nothing(tmp_path: Path
 def test_files_that_may_grow_no_more(tmp_path: Path):
     """The limit is met in the middle of a line; what was written of it is taken away."""
     options = files(tmp_path, BROKEN)
-    limit = (1100, resource.RLIM_INFINITY)
+    limit = (1300, resource.RLIM_INFINITY)
     ended = program(tmp_path, options, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit))
     assert ended.returncode == 1, ended.stderr
     assert ended.stderr == (
