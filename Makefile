@@ -51,7 +51,7 @@ test-slow: install test-lowest test-ported  ## the long runs: kills, a browser, 
 test-lowest:  ## the fast tests on the oldest supported versions
 	$(PYTHON) -m venv .venv-lowest
 	.venv-lowest/bin/python -m pip install --quiet -e . pytest pytest-xdist hypothesis tensorboard \
-		scikit-learn matplotlib "torch==2.6.*" "torchvision==0.21.*" "lightning==2.5.0" \
+		scikit-learn matplotlib optuna "torch==2.6.*" "torchvision==0.21.*" "lightning==2.5.0" \
 		"pytorch-lightning==2.5.0" "torchmetrics==1.3.*" "jsonargparse[signatures]==4.39.*"
 	.venv-lowest/bin/python -m pytest -m "not slow and not gpu" -n auto --dist loadfile \
 		-W ignore::DeprecationWarning
@@ -67,7 +67,7 @@ docs: install  ## build the pages (warnings are errors) and run their examples
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
 	$(BIN)/python -m sphinx -W --keep-going -q -b doctest docs docs/_build/doctest
 
-demo: install  ## two digits, every balancer, three seeds; report in demo_results/
+demo: install  ## two digits, balancers and rivals, three seeds; report in demo_results/
 	$(BIN)/lightning-mtl compare --config examples/digits/compare.yaml \
 		--balancers examples/digits/balancers.yaml --seeds 3 --workers 2 --split test \
 		--out demo_results

@@ -70,7 +70,9 @@ def compare(rate: float, options: argparse.Namespace, rest: Sequence[str]) -> Pa
     path = options.out / f"lr{rate:g}.yaml"
     path.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
     folder = options.out / f"lr{rate:g}"
+    # Rates are chosen here, and fixed weights within each comparison.
     files = ["--config", path, "--balancers", options.balancers, "--out", folder]
+    files += ["--rivals", "weights"]
     command = [sys.executable, "-m", "lightning_mtl", "compare", *map(str, files), *rest]
     # 1: a run failed. At the highest rates some diverge, which the other rates make up for.
     if (status := subprocess.run(command, check=False).returncode) > 1:
@@ -84,7 +86,7 @@ def means(folder: Path) -> dict[str, Metrics]:
     failed = set()
     for line in (folder / "results.jsonl").read_text(encoding="utf-8").splitlines():
         record = json.loads(line)
-        if record["kind"] != "train":
+        if record["kind"] != "train" or record.get("stage") == "tune":
             continue
         method = " ".join(filter(None, (record["method"], record.get("task"))))
         if record["status"] != "finished":

@@ -29,6 +29,7 @@ class About:
         margin: points of Δp that matter; ``None`` for the default.
         texts: files that the report shows, by path.
         facts: name and value of what it was run with.
+        remarks: sentences for the answer, about how settings were chosen.
     """
 
     metrics: Mapping[str, Mapping[str, bool]]
@@ -38,6 +39,7 @@ class About:
     margin: float | None = None
     texts: Mapping[str, str] = field(default_factory=dict)
     facts: Sequence[tuple[str, str]] = ()
+    remarks: Sequence[str] = ()
 
     def save(self, folder: Path) -> None:
         """Write it; on the disk when this returns."""
@@ -66,6 +68,7 @@ class About:
             raise ValueError(f"no `methods` that map each name to one of {', '.join(_KINDS)}")
         about = cls(**content)
         about.facts = [(str(k), str(v)) for k, v in about.facts]
+        about.remarks = [str(remark) for remark in about.remarks]
         if not isinstance(about.seeds, int | None) or not isinstance(
             about.margin, float | int | None
         ):
@@ -80,7 +83,11 @@ class About:
     ) -> Summary:
         """The comparison in numbers."""
         margin = self.margin if plan is None else plan.margin
-        return summarise(records, self.metrics, self.methods, curves, self.unmeasured, margin, plan)
+        found = summarise(
+            records, self.metrics, self.methods, curves, self.unmeasured, margin, plan
+        )
+        found.remarks = self.remarks
+        return found
 
 
 def _all(values: Any, kind: type) -> bool:

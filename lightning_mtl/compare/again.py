@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from lightning_mtl.compare.grid import FIRST_FRESH, SINGLE, Run, file_names
 from lightning_mtl.compare.output import show
 from lightning_mtl.compare.results import read_points, record_fault
 from lightning_mtl.compare.texts import complain, one_line, say, shortened, visible
+from lightning_mtl.compare.tuning.rivals import NAMES
 
 Record = dict[str, Any]
 
@@ -86,6 +87,7 @@ def _shown(
 ) -> tuple[list[Record], dict[str, list[list[Record]]]]:
     """The runs that are asked for, and the curves that are there."""
     seeds = math.inf if about.seeds is None else about.seeds
+    records = [record for record in records if not _left_out(record, about.methods)]
     shown = [record for record in records if record["seed"] < min(seeds, FIRST_FRESH)]
     if plan is not None:
         chosen = {plan.balancer, *plan.rivals}
@@ -127,7 +129,7 @@ def read(folder: Path) -> tuple[About, list[Record], list[str]]:
                 f"Expected every line of {path} to be the record of a run, but found at line "
                 f"{number}: {shortened(str(error), 300)}. Correct or remove that line."
             ) from error
-        run = Run(record["kind"], record["method"], record["seed"], record.get("task"))
+        run = Run.of(record)
         if run in records:
             notes.append(f"line {number} of {path} is about {run.label} once more and replaces it")
         records[run] = record
@@ -221,11 +223,16 @@ def _record(record: Any, about: About) -> Record:
     if record["kind"] == "timing":
         record = {"peak_mb": None, **record}
     known = {SINGLE, *about.methods}
-    if record["method"] not in known:
+    if record["method"] not in known and not _left_out(record):
         raise ValueError(f"the method {record['method']!r}, which is not among {sorted(known)}")
     if (record["method"] == SINGLE) != ("task" in record) and record["kind"] == "train":
         raise ValueError(f"`task` in a run of {record['method']!r}: it belongs to {SINGLE} only")
     return dict(record)
+
+
+def _left_out(record: Record, methods: Collection[str] = ()) -> bool:
+    """Whether it is a trial, or of a rival that the last command did not ask for."""
+    return "trial" in record or record["method"] in set(NAMES.values()) - set(methods)
 
 
 def _not_finite(record: Mapping[str, Any]) -> str | None:

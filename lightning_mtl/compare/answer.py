@@ -21,17 +21,18 @@ _SHOWN = 8  # names in a sentence
 def answer(summary: Summary) -> list[str]:
     """Sentences, the verdict first, each with what it rests on.
 
-    A balancer helps when it is better than equal weighting **and** every fixed weighting in the
-    comparison: a fixed weight is the honest rival, since it costs nothing. What "better" means is
+    A balancer helps when it is better than equal weighting **and** every other rival in the
+    comparison: a fixed weight is the honest one, since it costs nothing. What "better" means is
     in :mod:`lightning_mtl.compare.judge`.
     """
     if summary.no_delta_p:
-        return [f"No answer: Δp is not defined, because {summary.no_delta_p}."]
+        return [f"No answer: Δp is not defined, because {summary.no_delta_p}.", *summary.remarks]
     judgement = summary.judgement
     assert judgement is not None
     equal = next((row for row in summary.methods if row.kind == "equal" and row.scores), None)
     if equal is None:
-        return ["No answer: equal weighting has no finished run to compare with."]
+        none = "No answer: equal weighting has no finished run to compare with."
+        return [none, *summary.remarks]
     balancers = [row for row in summary.methods if row.kind == "balancer" and row.scores]
     sentences = []
     if not balancers:
@@ -43,7 +44,7 @@ def answer(summary: Summary) -> list[str]:
     sentences += _cost(summary, judgement, equal)
     sentences += _against_single(summary, judgement)
     sentences += _ranking(summary, judgement)
-    return sentences + _gaps(summary, judgement)
+    return [*sentences, *_gaps(summary, judgement), *summary.remarks]
 
 
 # ---------------------------------------------------------------------------------- balancing
@@ -172,10 +173,10 @@ def _more(needed: int | None, seeds: int) -> str:
 
 
 def _rivals(found: Finding) -> str:
-    fixed = len(found.rivals) - 1
-    if not fixed:
+    others = len(found.rivals) - 1
+    if not others:
         return f"{name(found.rivals[0])}, its only rival"
-    return f"equal weighting and {'the' if fixed == 1 else 'each'} fixed weighting"
+    return f"equal weighting and {'the' if others == 1 else 'each'} other rival"
 
 
 # --------------------------------------------------------------------------------- the others

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Mapping, Sequence
+import io
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stderr
+from dataclasses import dataclass, field
 from typing import Any
 
 from jsonargparse import ArgumentParser
@@ -23,7 +26,10 @@ from lightning.pytorch.cli import LightningArgumentParser
 import lightning_mtl
 from lightning_mtl import Balancer, EqualWeighting, MultiTaskModule, Scalarization
 from lightning_mtl.compare import CompareError
+from lightning_mtl.compare.grid import SINGLE
 from lightning_mtl.compare.texts import error_text, shortened
+from lightning_mtl.compare.tuning.settings import arguments, with_settings
+from lightning_mtl.compare.tuning.space import KEYS, Space, read_space
 from lightning_mtl.parsing import MultiTaskCLI
 
 # What a run leaves out: it writes no files of its own and prints no bars.
@@ -47,6 +53,7 @@ class RunCLI(MultiTaskCLI):
         callbacks: balancers and recorders to add to the config's own callbacks.
         trainer: Trainer arguments that replace those of the config.
         may_stop_early: keep callbacks such as EarlyStopping.
+        overrides: more of the command line, which replaces what the config says.
     """
 
     def __init__(
@@ -56,12 +63,14 @@ class RunCLI(MultiTaskCLI):
         callbacks: Sequence[Callback] = (),
         trainer: Mapping[str, Any] | None = None,
         may_stop_early: bool = True,
+        overrides: Sequence[str] = (),
     ) -> None:
         self.more_callbacks = list(callbacks)
         self.replace = dict(trainer or {})
         self.left_out = _LEFT_OUT if may_stop_early else _LEFT_OUT + _STOPS_EARLY
+        self.given = ["--config", config, f"--seed_everything={seed}", *overrides]
         super().__init__(
-            ["--config", config, f"--seed_everything={seed}"],
+            self.given,
             run=False,
             save_config_callback=None,
             parser_kwargs={"exit_on_error": False},
@@ -85,11 +94,27 @@ class RunCLI(MultiTaskCLI):
         )
 
 
-def read_balancers(path: str, content: Any) -> dict[str, list[dict[str, Any]]]:
-    """The content of the file of balancers as ``{name: list of callbacks}``.
+@dataclass
+class Balancers:
+    """The content of the file of balancers.
+
+    Attributes:
+        methods: callbacks, by name.
+        spaces: settings to try, of the entries that try some; ``single-task`` may be among them.
+        identity: what the file means, however it is written.
+    """
+
+    methods: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    spaces: dict[str, Space] = field(default_factory=dict)
+    identity: dict[str, Any] = field(default_factory=dict)
+
+
+def read_balancers(path: str, content: Any) -> Balancers:
+    """The content of the file of balancers.
 
     Raises:
-        CompareError: not such a mapping.
+        CompareError: not a mapping of names to callbacks, or to mappings with ``callbacks`` and
+            what is tried of them.
     """
     example = "minnorm: [{class_path: MinNorm}]"
     expected = f"Expected {path} to map a name to its callbacks, such as `{example}`,"
@@ -97,18 +122,35 @@ def read_balancers(path: str, content: Any) -> dict[str, list[dict[str, Any]]]:
         raise CompareError(
             f"{expected} but found {type(content).__name__}. Name at least one balancer."
         )
-    methods: dict[str, list[dict[str, Any]]] = {}
+    found = Balancers()
     for name, spec in content.items():
-        callbacks = spec if isinstance(spec, list) else [] if spec is None else [spec]
-        callbacks = [{"class_path": c} if isinstance(c, str) else c for c in callbacks]
-        for callback in callbacks:
-            if not isinstance(callback, dict) or "class_path" not in callback:
-                raise CompareError(
-                    f"{expected} but `{name}` holds {shortened(repr(callback), 300)}. Give it a "
-                    f"`class_path`."
-                )
-        methods[str(name)] = callbacks
-    return methods
+        space = None
+        tuned = (
+            isinstance(spec, dict) and "class_path" not in spec and not spec.keys().isdisjoint(KEYS)
+        )
+        if tuned:
+            space = read_space(str(name), spec)
+        callbacks = _callbacks(expected, str(name), spec.get("callbacks") if tuned else spec)
+        if space is not None:
+            found.spaces[str(name)] = space
+            if name == SINGLE and not callbacks:  # the baselines have no callbacks to name
+                found.identity[SINGLE] = spec
+                continue
+        found.methods[str(name)] = callbacks
+        found.identity[str(name)] = {**spec, "callbacks": callbacks} if tuned else callbacks
+    return found
+
+
+def _callbacks(expected: str, name: str, spec: Any) -> list[dict[str, Any]]:
+    callbacks = spec if isinstance(spec, list) else [] if spec is None else [spec]
+    callbacks = [{"class_path": c} if isinstance(c, str) else c for c in callbacks]
+    for callback in callbacks:
+        if not isinstance(callback, dict) or "class_path" not in callback:
+            raise CompareError(
+                f"{expected} but `{name}` holds {shortened(repr(callback), 300)}. Give it a "
+                f"`class_path`."
+            )
+    return callbacks
 
 
 def callbacks_from(name: str, specs: Sequence[Mapping[str, Any]]) -> list[Callback]:
@@ -132,6 +174,26 @@ def callbacks_from(name: str, specs: Sequence[Mapping[str, Any]]) -> list[Callba
                 f"{shortened(repr(dict(spec)), 300)}: {_reason(str(spec['class_path']), error)}"
             ) from error
     return found
+
+
+def callbacks_with(
+    name: str, specs: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]
+) -> list[Callback]:
+    """Instantiate the callbacks of an entry with settings that it tries.
+
+    Raises:
+        CompareError: an argument that does not exist, or a value that it does not take.
+    """
+    try:
+        return callbacks_from(name, with_settings(specs, settings))
+    except CompareError as error:
+        if not settings:
+            raise
+        shown = ", ".join(f"`{key}: {value!r}`" for key, value in settings.items())
+        raise CompareError(
+            f"Expected `{name}` to try values that its callbacks and the config take, but found "
+            f"{shortened(shown, 300)}. {error}"
+        ) from error
 
 
 def _reason(class_path: str, error: BaseException) -> str:
@@ -159,6 +221,43 @@ def kind_of(callbacks: Sequence[Callback]) -> str:
     if not balancers:
         return "equal"
     return "fixed" if all(isinstance(c, Scalarization) for c in balancers) else "balancer"
+
+
+def check_space(
+    name: str,
+    specs: list[dict[str, Any]],
+    space: Space,
+    cli: RunCLI,
+    fits: Callable[[list[Callback]], None],
+) -> None:
+    """Find out now whether every value that is tried is taken, each on its own.
+
+    Args:
+        name: of the entry.
+        specs: its callbacks.
+        space: what it tries.
+        cli: knows the config.
+        fits: raises where callbacks do not fit the model.
+
+    Raises:
+        CompareError: an argument that does not exist, or a value that it does not take.
+    """
+    for settings in space.extremes():
+        ((key, value),) = settings.items()
+        printed = io.StringIO()  # the parser prints what it found where it offers a cure
+        try:
+            if options := arguments(settings):
+                with redirect_stderr(printed):
+                    cli.parser.parse_args([*cli.given, *options])
+            else:
+                whole = {**space.first(), **settings}  # which may be needed beside one another
+                fits(callbacks_with(name, specs, whole))
+        except (Exception, SystemExit) as error:
+            why = printed.getvalue().strip().removeprefix("error: ") or error_text(error)
+            raise CompareError(
+                f"Expected `{name}` to try values that its callbacks and the config take, but "
+                f"found `{key}: {shortened(repr(value), 100)}`. {why}"
+            ) from error
 
 
 def build(config: str, **kwargs: Any) -> RunCLI:

@@ -7,10 +7,8 @@ import os
 import platform
 import shlex
 import signal
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import lightning
 import torch
@@ -20,15 +18,18 @@ from lightning_mtl.compare import CompareError
 from lightning_mtl.compare.about import About
 from lightning_mtl.compare.confirm import Plan
 from lightning_mtl.compare.folder import claimed, refused
-from lightning_mtl.compare.grid import FIRST_FRESH, SINGLE, Run, plan
+from lightning_mtl.compare.grid import FIRST_FRESH
 from lightning_mtl.compare.output import show
-from lightning_mtl.compare.pool import execute
-from lightning_mtl.compare.progress import Progress, duration
+from lightning_mtl.compare.phases import Phases
+from lightning_mtl.compare.progress import duration
 from lightning_mtl.compare.request import Request
 from lightning_mtl.compare.results import Results
-from lightning_mtl.compare.stopping import Stopped, deaf, stoppable, undisturbed
+from lightning_mtl.compare.selection import BEST, LAST, SELECT
+from lightning_mtl.compare.stopping import Stopped, deaf, stoppable
 from lightning_mtl.compare.table import Row
 from lightning_mtl.compare.texts import complain, name, one_line, say, visible
+from lightning_mtl.compare.tuning.fairness import fairness
+from lightning_mtl.compare.tuning.rivals import NAMES, TIME
 from lightning_mtl.version import __version__
 
 _PLOT_EXTRA = RequirementCache("matplotlib")
@@ -70,6 +71,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--margin", type=float, help="points of Δp that matter (default: 1)")
     add("--workers", type=int, default=1, help="runs side by side, a process each (default: 1)")
     add("--only", help="comma-separated names: of the file of balancers, run these only")
+    add("--rivals", default="all", help=f"all, none or some of {','.join(NAMES)} (default: all)")
+    add("--select", choices=SELECT, default=LAST, help="weights that count (default: last)")
+    add("--last-k", type=int, default=5, metavar="K", help="with last_k_mean (default: 5)")
     add("--split", choices=("val", "test"), default="val", help="data to evaluate on")
     return parser
 
@@ -150,20 +154,32 @@ def compare(options: argparse.Namespace, command: str) -> int:
             results = Results(out, request.directions)
         if fixed is not None:
             fixed.agree(out, options.confirm, options.seeds, options.margin)
+            _check_rivals(fixed, request)
         for note in results.notes:
             complain(f"note: {visible(note)}")
-        about = _about(request, results, options, command)
-        about.save(out)
-        progress = _run(request, results, options)
+        phases = Phases(request, results, options.seeds, options.workers)
+        _about(request, phases, options, command).save(out)
+        phases.tune()
+        phases.grid()
+        phases.longer()
         if options.confirm is not None:
-            fixed = fixed or _fix(request, results, options)
+            fixed = fixed or _fix(request, phases, options)
             if fixed is not None:
-                _confirm(fixed, request, results, options)
-        about = _about(request, results, options, command)  # methods of an earlier --only too
+                _confirm(fixed, request, phases)
+        about = _about(request, phases, options, command)  # methods of an earlier --only too
         about.save(out)
-        failed = _report(about, results, request, options, fixed)
-        say(f"\nDone in {duration(progress.elapsed())}. Report: {out / 'report.html'}")
+        failed = _report(about, phases, request, fixed)
+        say(f"\nDone in {duration(phases.elapsed())}. Report: {out / 'report.html'}")
     return 1 if failed else 0
+
+
+def _check_rivals(fixed: Plan, request: Request) -> None:
+    missing = [rival for rival in fixed.rivals if rival not in request.methods]
+    if missing:
+        raise CompareError(
+            f"Expected --rivals to name those that the confirmation was fixed against, but found "
+            f"no {', '.join(map(name, missing))}. Give the same --rivals as then."
+        )
 
 
 def _check_numbers(options: argparse.Namespace) -> None:
@@ -186,47 +202,7 @@ def _check_numbers(options: argparse.Namespace) -> None:
         )
 
 
-def _run(request: Request, results: Results, options: argparse.Namespace) -> Progress:
-    """Train what is not finished yet."""
-    chosen = {SINGLE, *request.chosen}
-    runs = [run for run in _grid(request, options) if run.method in chosen]
-    return _execute(
-        runs, [run for run in runs if run not in results.records], request, results, options
-    )
-
-
-def _execute(
-    runs: Sequence[Run],
-    todo: Sequence[Run],
-    request: Request,
-    results: Results,
-    options: argparse.Namespace,
-) -> Progress:
-    progress = Progress(
-        total=len(runs),
-        kinds=Counter(run.kind for run in todo),
-        before=results.of(runs),
-        workers=options.workers,
-    )
-    say(progress.headline())
-
-    def finished(run: Run, record: dict[str, Any]) -> None:
-        with undisturbed():
-            results.append(run, record)
-        say(progress.line(run, record))
-
-    # Step time and memory are measured at the end, with nothing beside the process.
-    job = request.job(results.path.with_name("logs"))
-    execute([run for run in todo if run.kind != "timing"], job, options.workers, finished)
-    execute([run for run in todo if run.kind == "timing"], job, 1, finished)
-    return progress
-
-
-def _grid(request: Request, options: argparse.Namespace) -> list[Run]:
-    return plan(list(request.directions), list(request.methods), request.equal, options.seeds)
-
-
-def _fix(request: Request, results: Results, options: argparse.Namespace) -> Plan | None:
+def _fix(request: Request, phases: Phases, options: argparse.Namespace) -> Plan | None:
     """Pick what is to be confirmed and write it down, before any of its runs.
 
     Returns:
@@ -234,14 +210,19 @@ def _fix(request: Request, results: Results, options: argparse.Namespace) -> Pla
     """
     from lightning_mtl.compare.judge import ALPHA, MARGIN, PAIRED
 
-    shown = _grid(request, options)
-    summary = _about(request, results, options, "").summary(results.of(shown), {}, None)
+    results = phases.results
+    summary = _about(request, phases, options, "").summary(results.of(phases.runs()), {}, None)
     judgement = summary.judgement
     seeds = set(range(options.seeds))
     whole = [row for row in summary.methods if row.scores.keys() >= seeds]
     balancers = [row for row in whole if row.kind == "balancer"]
     rivals = [row for row in whole if row.kind != "balancer"]
     lost = [row.method for row in summary.methods if row.kind != "balancer" and row not in whole]
+    lost += [  # all of whose trials failed
+        row
+        for row, choice in phases.choices().items()
+        if choice.settings is None and request.kinds[row] != "balancer"
+    ]
     if judgement is None or not balancers or lost:
         why = summary.no_delta_p or (
             f"{name(lost[0])}, a rival, lacks runs" if lost else "no balancer has all of its runs"
@@ -267,38 +248,49 @@ def _fix(request: Request, results: Results, options: argparse.Namespace) -> Pla
     return fixed
 
 
-def _confirm(fixed: Plan, request: Request, results: Results, options: argparse.Namespace) -> None:
+def _confirm(fixed: Plan, request: Request, phases: Phases) -> None:
     """Train what the plan lacks, on fresh seeds."""
-    runs = fixed.runs(list(request.directions), list(request.methods))
-    todo = [run for run in runs if run not in results.records]
     rivals = ", ".join(map(name, fixed.rivals))
     say(f"\nConfirming {name(fixed.balancer)} against {rivals} on {fixed.seeds} fresh seeds")
-    _execute(runs, todo, request, results, options)
+    runs = fixed.runs(list(request.directions), list(request.methods))
+    phases.train(phases.with_settings(runs))
 
 
-def _about(request: Request, results: Results, options: argparse.Namespace, command: str) -> About:
+def _about(request: Request, phases: Phases, options: argparse.Namespace, command: str) -> About:
     """What the report has to know besides the runs."""
-    known = {*request.chosen, *(r["method"] for r in results.of(_grid(request, options)))}
+    records = phases.results.of(phases.runs())
+    known = {*request.chosen, *(record["method"] for record in records)}
+    choices = phases.choices()
+    kinds = {name: kind for name, kind in request.kinds.items() if name in known}
+    lost = {row for row, choice in choices.items() if choice.settings is None}
     return About(
         metrics=request.directions,
-        methods={name: kind for name, kind in request.kinds.items() if name in known},
+        methods={name: kind for name, kind in kinds.items() if name not in lost},
         unmeasured=list(request.unmeasured),
         seeds=options.seeds,
         margin=options.margin,
         texts=dict(request.texts),
-        facts=_facts(options, command),
+        facts=_facts(options, command, phases),
+        remarks=fairness(
+            kinds,
+            choices,
+            phases.missing,
+            phases.unjudged(),
+            request.split,
+            request.rehearsal.same_data,
+            request.select,
+        ),
     )
 
 
 def _report(
     about: About,
-    results: Results,
+    phases: Phases,
     request: Request,
-    options: argparse.Namespace,
     fixed: Plan | None,
 ) -> bool:
-    """Write every file and print the answer; whether a run failed."""
-    shown = _grid(request, options)
+    """Write every file and print the answer; whether a run, or all trials of a row, failed."""
+    results, shown = phases.results, phases.runs()
     fresh = fixed.runs(list(request.directions), list(request.methods)) if fixed else []
     del results.notes[:]
     curves = results.curves(shown)
@@ -307,6 +299,7 @@ def _report(
     for note in results.notes:
         complain(f"note: {one_line(note)}")
     failed = any(row.errors for row in (*summary.rows, *summary.fresh))
+    failed = failed or any(choice.settings is None for choice in phases.choices().values())
     if failed:
         say(
             f"\nWhat failed runs printed, with their tracebacks, is in "
@@ -315,13 +308,21 @@ def _report(
     return failed
 
 
-def _facts(options: argparse.Namespace, command: str) -> list[tuple[str, str]]:
+def _facts(options: argparse.Namespace, command: str, phases: Phases) -> list[tuple[str, str]]:
+    chosen = [(f"settings of {row}", str(choice)) for row, choice in phases.choices().items()]
+    if phases.factor is not None:
+        chosen.append((f"steps of {NAMES[TIME]}", f"{phases.factor:.2f} times those of the file"))
+    if options.select != LAST:
+        last_k = f"the last {options.last_k} validations, their metrics averaged"
+        weights = "the best ones on validation data" if options.select == BEST else last_k
+        chosen.append(("weights that count", weights))
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     machine = f"{platform.system()} {platform.machine()}, {os.cpu_count()} processors, {device}"
     return [
         ("command", command),
         ("seeds", ", ".join(map(str, range(options.seeds)))),
         ("evaluated on", "validation data" if options.split == "val" else "test data"),
+        *chosen,
         ("lightning-mtl", __version__),
         ("lightning", lightning.__version__),
         ("torch", torch.__version__),

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 SINGLE = "single-task"
 FIRST_FRESH = 10_000  # seeds of a confirmation: never among those of a screening, however many
+TUNING_SEED = 1_000_000  # of every trial: no seed that decides has been tuned on
 _LONGEST = 80  # of a file name 255 bytes are allowed, 143 where names are encrypted
 # Names of devices on Windows, and those that are hidden elsewhere.
 _RESERVED = re.compile(r"\.|(con|prn|aux|nul|com\d|lpt\d)(\.|$)", re.IGNORECASE)
@@ -27,6 +28,8 @@ class Run:
         seed: seeds weights, data order and everything else; those of a confirmation start at
             ``FIRST_FRESH``.
         task: the one task of a single-task run.
+        trial: number of a trial of settings, from 0; ``None`` for all other runs.
+        settings: what a trial, or a row that was tuned, changes in the two files.
         name: unique in a comparison, also where case makes no difference, and a file name
             everywhere. Two runs are the same by what they do, whatever they are called.
     """
@@ -36,10 +39,24 @@ class Run:
     seed: int
     task: str | None = None
     name: str = field(default="", compare=False)
+    trial: int | None = None
+    settings: Mapping[str, Any] | None = field(default=None, compare=False)
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> Run:
+        """The run that a record is about."""
+        kind, method, seed = record["kind"], record["method"], record["seed"]
+        return cls(kind, method, seed, record.get("task"), trial=record.get("trial"))
+
+    def set(self, settings: Mapping[str, Any] | None) -> Run:
+        """The same run with ``settings``."""
+        return replace(self, settings=settings)
 
     @property
     def stage(self) -> str:
-        """``screen``, or ``confirm`` for a run on fresh seeds."""
+        """``screen``, ``confirm`` for a run on fresh seeds, ``tune`` for a trial of settings."""
+        if self.trial is not None:
+            return "tune"
         return "confirm" if self.seed >= FIRST_FRESH else "screen"
 
     @property
@@ -47,13 +64,15 @@ class Run:
         """How progress and errors name the run."""
         task = f" {self.task}" if self.task is not None else ""
         what = f"seed {self.seed}" if self.kind == "train" else self.kind
+        what = what if self.trial is None else f"trial {self.trial}"
         return f"{self.method}{task}, {what}"
 
     def record(self) -> dict[str, Any]:
         """The start of its record."""
         about = {"run": self.name, "kind": self.kind, "method": self.method, "seed": self.seed}
         about |= {"stage": self.stage}
-        return about if self.task is None else {**about, "task": self.task}
+        more = {"task": self.task, "trial": self.trial, "settings": self.settings}
+        return about | {key: value for key, value in more.items() if value is not None}
 
 
 def plan(tasks: Sequence[str], methods: Sequence[str], equal: str, seeds: int) -> list[Run]:
@@ -78,6 +97,21 @@ def train_runs(
     """Trainings of ``some`` of the methods, named as :func:`plan` names them."""
     run = _maker(tasks, methods)
     return [run("train", seed, method) for seed in seeds for method in some]
+
+
+def trial_runs(
+    tasks: Sequence[str], methods: Sequence[str], sizes: Mapping[tuple[str, str | None], int]
+) -> dict[tuple[str, str | None], list[Run]]:
+    """Trials of each method, or of single-task training on a task, without their settings."""
+    run = _maker(tasks, methods)
+    found = {}
+    for (method, task), size in sizes.items():
+        first = run("train", TUNING_SEED, method, task)
+        stem = first.name.removesuffix(f"-seed{TUNING_SEED}")
+        found[method, task] = [
+            replace(first, trial=trial, name=f"{stem}-trial{trial}") for trial in range(size)
+        ]
+    return found
 
 
 def _maker(tasks: Sequence[str], methods: Sequence[str]) -> Callable[..., Run]:

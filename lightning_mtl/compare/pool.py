@@ -16,7 +16,7 @@ from lightning_mtl.compare.grid import Run
 from lightning_mtl.compare.stopping import undisturbed
 from lightning_mtl.compare.worker import Job, work
 
-_PATIENCE = 30  # seconds for a worker to end once it has sent its record
+PATIENCE = 30  # seconds for a worker to end once it has sent its record
 
 
 def start_method() -> str:
@@ -57,16 +57,17 @@ def execute(
                     process.join()
                     record = _died(run, process.exitcode)
                 finished(run, record)
-                _end(process, _PATIENCE)  # a thread of the user's may keep it from ending
+                end(process, PATIENCE)  # a thread of the user's may keep it from ending
                 del active[receiver]
                 receiver.close()
     finally:
         with undisturbed():
             for _, process in active.values():
-                _end(process, 0)
+                end(process, 0)
 
 
-def _end(process: Any, patience: float) -> None:
+def end(process: Any, patience: float) -> None:
+    """Wait ``patience`` seconds for a process to end, then end it."""
     if patience:
         process.join(patience)
     if process.is_alive():
@@ -75,13 +76,13 @@ def _end(process: Any, patience: float) -> None:
 
 
 def _died(run: Run, exitcode: int) -> dict[str, Any]:
-    if exitcode < 0:
-        how = f"signal {-exitcode} ({signal.Signals(-exitcode).name})"
-        how += (
-            ", often a lack of memory: use fewer --workers"
-            if -exitcode == getattr(signal, "SIGKILL", 9)
-            else ""
-        )
-    else:
-        how = f"exit status {exitcode}"
-    return {**run.record(), "status": "failed", "error": f"its process ended with {how}"}
+    return {**run.record(), "status": "failed", "error": f"its process {ended_with(exitcode)}"}
+
+
+def ended_with(exitcode: int) -> str:
+    """How a process ended that sent nothing."""
+    if exitcode >= 0:
+        return f"ended with exit status {exitcode}"
+    how = f"ended with signal {-exitcode} ({signal.Signals(-exitcode).name})"
+    lack = -exitcode == getattr(signal, "SIGKILL", 9)
+    return how + ", often a lack of memory: use fewer --workers" * lack

@@ -56,7 +56,7 @@ class Results:
             write(self.path, kept)
 
     def _keep(self, record: dict[str, Any], number: int) -> None:
-        run = Run(record["kind"], record["method"], record["seed"], record.get("task"))
+        run = Run.of(record)
         if record["status"] != "finished":
             return
         if run in self.records:
@@ -138,6 +138,11 @@ def record_fault(record: Any, directions: Mapping[str, Mapping[str, bool]]) -> s
     wrong = [name for name, types in needed.items() if not isinstance(record.get(name), types)]
     if wrong or not isinstance(record.get("task", ""), str):
         return f"no usable {' or '.join(wrong or ['task'])}"
+    tried = "trial" in record
+    if tried and (not isinstance(record["trial"], int) or "settings" not in record):
+        return "a `trial` that is no number, or has no `settings`"
+    if not isinstance(record.get("settings", {}), dict):
+        return "`settings` that are no mapping"
     if not re.fullmatch(r"[A-Za-z0-9_.+-]+", record["run"]):  # it becomes the name of a file
         return f"the run {record['run']!r}, which this command does not write"
     if status == "finished" and kind == "train":

@@ -100,6 +100,7 @@ class Summary:
         fresh: rows of the confirmation, over its seeds only.
         confirmed: what the confirmation says, ``None`` while runs of it are missing.
         confirmed_single: the same of joint training against a model per task.
+        remarks: sentences about how settings were chosen, for the answer.
     """
 
     directions: Directions
@@ -115,6 +116,7 @@ class Summary:
     fresh: list[Row] = field(default_factory=list)
     confirmed: Judgement | None = None
     confirmed_single: Finding | None = None
+    remarks: Sequence[str] = ()
 
     @property
     def single(self) -> Row:

@@ -23,7 +23,12 @@ _BUDGET = 60.0  # seconds after which no further turn of the single-task models 
 
 
 def time_method(
-    config: str, seed: int, method: str, specs: Specs, tasks: Sequence[str]
+    config: str,
+    seed: int,
+    method: str,
+    specs: Specs,
+    tasks: Sequence[str],
+    overrides: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Short trainings for the time of a step and the peak of memory.
 
@@ -36,6 +41,7 @@ def time_method(
         method: its name, for errors.
         specs: its callbacks.
         tasks: those that have single-task models, which are measured with equal weighting.
+        overrides: arguments of the method that replace those of the config.
 
     Returns:
         The fields of a record of the kind ``timing``.
@@ -44,12 +50,13 @@ def time_method(
     own: list[float] = []
     equal: list[float] = []
     for turn in range(TURNS):
-        order = [(own, specs), (equal, ())]
-        for times, chosen in order[:: 1 if turn % 2 == 0 else -1]:
+        order: list[tuple[list[float], Specs, Sequence[str]]]
+        order = [(own, specs, overrides), (equal, (), ())]
+        for times, chosen, replaced in order[:: 1 if turn % 2 == 0 else -1]:
             timer = StepTimer()
             # memory of the very first training: later ones find what it left to the process
             more = [memory] if turn == 0 and times is own else []
-            _fit(config, seed, [*callbacks_from(method, chosen), *more, timer])
+            _fit(config, seed, [*callbacks_from(method, chosen), *more, timer], None, replaced)
             times.append(1000 * statistics.median(timer.durations()))
     found: dict[str, Any] = {
         "step_ms": round(statistics.median(own), 4),
@@ -104,7 +111,13 @@ def _models(config: str, seed: int, tasks: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _fit(config: str, seed: int, callbacks: Sequence[Callback], task: str | None = None) -> None:
+def _fit(
+    config: str,
+    seed: int,
+    callbacks: Sequence[Callback],
+    task: str | None = None,
+    overrides: Sequence[str] = (),
+) -> None:
     """A training that its :class:`StepTimer` ends."""
     short = {
         "max_steps": StepTimer.most,
@@ -113,7 +126,7 @@ def _fit(config: str, seed: int, callbacks: Sequence[Callback], task: str | None
         "min_steps": None,
         "limit_val_batches": 1,
     }
-    cli = RunCLI(config, seed, callbacks, short, may_stop_early=False)
+    cli = RunCLI(config, seed, callbacks, short, may_stop_early=False, overrides=overrides)
     if task is not None:
         cli.model.active_tasks = [task]
     cli.trainer.fit(cli.model, datamodule=cli.datamodule)

@@ -12,7 +12,7 @@ import time
 import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing import parent_process
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -27,9 +27,11 @@ from lightning_mtl.compare.build import RunCLI, callbacks_from
 from lightning_mtl.compare.folder import file_hash, leave_locks
 from lightning_mtl.compare.grid import Run
 from lightning_mtl.compare.recorders import CurveRecorder
+from lightning_mtl.compare.selection import LAST, Kept
 from lightning_mtl.compare.stopping import left_to_parent
 from lightning_mtl.compare.texts import error_text
 from lightning_mtl.compare.timing import time_method
+from lightning_mtl.compare.tuning.settings import arguments, with_settings
 from lightning_mtl.parsing import use_current_directory
 
 _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
@@ -44,9 +46,14 @@ class Job:
         config: path of the config.
         config_hash: its content when the comparison started.
         methods: callbacks of every balancer, by name.
-        metrics: ``{task: {metric: name it is logged under}}``.
+        metrics: ``{task: {metric: name it is logged under}}``, on ``split``.
         split: ``val`` or ``test``.
         logs: folder for what runs print.
+        directions: ``{task: {metric: higher is better}}``.
+        validation: as ``metrics``, on validation data, which trials are evaluated on.
+        select: which weights of a training count, see :mod:`lightning_mtl.compare.selection`.
+        last_k: how many of them, with ``last_k_mean``.
+        reference: single-task metrics on validation data, for ``best_val``.
     """
 
     config: str
@@ -55,12 +62,17 @@ class Job:
     metrics: Mapping[str, Mapping[str, str]]
     split: str
     logs: Path
+    directions: Mapping[str, Mapping[str, bool]]
+    validation: Mapping[str, Mapping[str, str]]
+    select: str = LAST
+    last_k: int = 1
+    reference: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
 def work(run: Run, job: Job, connection: Connection) -> None:
     """Do ``run`` in this process and send its record; never raises."""
     left_to_parent()
-    _end_with_parent()
+    end_with_parent()
     leave_locks()
     use_current_directory()
     torch.set_num_threads(1)  # the same sums in the same order, however many workers there are
@@ -70,8 +82,8 @@ def work(run: Run, job: Job, connection: Connection) -> None:
         _print_to(job.logs / f"{run.name}.log")
         _check_config(job)
         if run.kind == "timing":
-            specs = job.methods[run.method]
-            found = time_method(job.config, run.seed, run.method, specs, list(job.metrics))
+            specs, own = _specs(run, job), arguments(run.settings)
+            found = time_method(job.config, run.seed, run.method, specs, list(job.metrics), own)
         else:
             found = _train(run, job)
         _check_config(job)  # it may have changed while the run read it
@@ -104,7 +116,7 @@ def _check_config(job: Job) -> None:
         )
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """End when the command does, however it ends.
 
     On Linux the system sees to it, whatever this process is doing. Elsewhere a thread does, which
@@ -128,14 +140,25 @@ def _wait_for(sentinel: Any) -> None:
 
 def _train(run: Run, job: Job) -> dict[str, Any]:
     """Train and evaluate: metrics, and curves for the first seeds."""
-    callbacks = callbacks_from(run.method, job.methods.get(run.method, []))
+    callbacks = callbacks_from(run.method, _specs(run, job))
     recorder = None
     # Asking for task gradients would change the rounding of methods that take one backward pass:
     # they are recorded where they exist anyway, and for equal weighting in a run of its own.
     if run.kind == "curves" or (run.seed < _RECORDED and _collects_gradients(callbacks)):
         recorder = CurveRecorder()
         callbacks.append(recorder)
-    cli = RunCLI(job.config, run.seed, callbacks)
+    split = job.split if run.trial is None else "val"
+
+    def read(split: str) -> dict[str, dict[str, float]]:
+        names = job.metrics if split == job.split else job.validation
+        return _metrics(run, names, cli.trainer.callback_metrics)
+
+    kept = None
+    if job.select != LAST and run.kind == "train":
+        reference = job.reference if run.task is None else {}  # which is made of those
+        kept = Kept(job.select, job.last_k, lambda _: read("val"), job.directions, reference)
+        callbacks.append(kept)
+    cli = RunCLI(job.config, run.seed, callbacks, overrides=arguments(run.settings))
     if run.task is not None:
         cli.model.active_tasks = [run.task]
     seed_everything(
@@ -150,22 +173,32 @@ def _train(run: Run, job: Job) -> dict[str, Any]:
     result: dict[str, Any] = {"steps": cli.trainer.global_step}
     if recorder is not None:
         result["curves"] = recorder.points
+
+    def evaluate() -> dict[str, dict[str, float]]:
+        stage = cli.trainer.test if split == "test" else cli.trainer.validate
+        stage(cli.model, datamodule=cli.datamodule, verbose=False)
+        return read(split)
+
     if run.kind == "train":
-        evaluate = cli.trainer.test if job.split == "test" else cli.trainer.validate
-        evaluate(cli.model, datamodule=cli.datamodule, verbose=False)
-        result["metrics"] = _metrics(run, job, cli.trainer.callback_metrics)
+        result["metrics"] = evaluate() if kept is None else kept.mean(cli.model, evaluate)
     return result
+
+
+def _specs(run: Run, job: Job) -> list[dict[str, Any]]:
+    return with_settings(job.methods.get(run.method, []), run.settings)
 
 
 def _collects_gradients(callbacks: Sequence[Callback]) -> bool:
     return any(isinstance(c, GradientBalancer) and c.needs_jacobian for c in callbacks)
 
 
-def _metrics(run: Run, job: Job, logged: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+def _metrics(
+    run: Run, names: Mapping[str, Mapping[str, str]], logged: Mapping[str, Any]
+) -> dict[str, dict[str, float]]:
     found: dict[str, dict[str, float]] = {}
-    for task in job.metrics if run.task is None else [run.task]:
+    for task in names if run.task is None else [run.task]:
         found[task] = {}
-        for metric, name in job.metrics[task].items():
+        for metric, name in names[task].items():
             if name not in logged:
                 raise ValueError(
                     f"Expected metric `{name}` of task `{task}` after evaluation but found "

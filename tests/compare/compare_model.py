@@ -113,6 +113,54 @@ class NoBatch(Points):
         return DataLoader(Empty())
 
 
+class LateNone(Points):
+    """Decides in ``setup`` that there is no validation."""
+
+    def setup(self, stage: str) -> None:
+        self.parts[1] = None
+
+    def val_dataloader(self) -> DataLoader | None:
+        return None if self.parts[1] is None else super().val_dataloader()
+
+
+class LateError(Points):
+    """Finds in ``setup`` that its files are missing."""
+
+    def setup(self, stage: str) -> None:
+        raise FileNotFoundError("no archive in this folder")
+
+
+class LateEnd(Points):
+    """Ends the process that sets it up."""
+
+    def setup(self, stage: str) -> None:
+        os._exit(3)
+
+
+class NoTest(Points):
+    """Test data that cannot be had."""
+
+    def test_dataloader(self) -> DataLoader:
+        raise LookupError("no test data")
+
+
+class NoValidation(LightningDataModule):
+    """Training data and test data only."""
+
+    def train_dataloader(self) -> DataLoader:
+        return Points(size=24).train_dataloader()
+
+    def test_dataloader(self) -> DataLoader:
+        return Points(size=24).test_dataloader()
+
+
+class SameData(Points):
+    """Validation data once more, called test data."""
+
+    def test_dataloader(self) -> DataLoader:
+        return self.val_dataloader()
+
+
 class Leaving(TwoTasks):
     """Ends the process that builds it."""
 

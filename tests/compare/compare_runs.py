@@ -19,6 +19,7 @@ from lightning_mtl.cli import main
 PATIENCE = 120.0  # seconds for what should take a few
 started: list[BaseProcess] = []  # that a test which fails leaves behind
 MODEL = "tests.compare.compare_model."
+PLAIN = ("--rivals", "none")  # the rows of the file alone
 CONFIG = {
     "model": {"class_path": MODEL + "TwoTasks", "init_args": {"width": 8}},
     "data": {"class_path": MODEL + "Points", "init_args": {"size": 24}},
@@ -31,7 +32,7 @@ def files(folder: Path, balancers: dict | str, config: dict = CONFIG) -> list[st
     (folder / "C.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     text = balancers if isinstance(balancers, str) else yaml.safe_dump(balancers, sort_keys=False)
     (folder / "B.yaml").write_text(text, encoding="utf-8")
-    return ["--config", "C.yaml", "--balancers", "B.yaml", "--out", "out", "--seeds", "1"]
+    return ["--config", "C.yaml", "--balancers", "B.yaml", "--out", "out", "--seeds", "1", *PLAIN]
 
 
 def start(folder: Path, options: list[str]) -> BaseProcess:

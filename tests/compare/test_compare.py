@@ -30,6 +30,7 @@ from lightning_mtl.compare.request import Request
 from lightning_mtl.compare.table import summarise
 from tests.common.places import ROOT
 from tests.compare.compare_model import Points, TwoTasks
+from tests.compare.compare_runs import PLAIN
 
 METRICS = {"classify": "MulticlassAccuracy", "regress": "MeanSquaredError"}
 HIGHER = {"classify": True, "regress": False}
@@ -53,7 +54,7 @@ def files(folder: Path, config: dict = CONFIG, balancers: dict = GOOD) -> list[s
     """Write the two files and give the options that name them."""
     (folder / "C.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     (folder / "B.yaml").write_text(yaml.safe_dump(balancers, sort_keys=False))
-    return ["--config", "C.yaml", "--balancers", "B.yaml", "--out", "out"]
+    return [*PLAIN, "--config", "C.yaml", "--balancers", "B.yaml", "--out", "out"]
 
 
 def start(folder: Path, *options: str) -> subprocess.Popen:
@@ -302,7 +303,7 @@ def refused(folder: Path, capsys: pytest.CaptureFixture, *options: str) -> str:
 
 
 def files_or(folder: Path, options: tuple[str, ...]) -> list[str]:
-    return ["--config", "C.yaml", "--balancers", "B.yaml", "--out", "out", *options]
+    return [*PLAIN, "--config", "C.yaml", "--balancers", "B.yaml", "--out", "out", *options]
 
 
 @pytest.fixture
@@ -410,7 +411,15 @@ def test_another_comparison_in_the_folder(grid, here, capsys):
 def test_split_names_the_metrics_that_are_read(here):
     files(here, balancers={"minnorm": [{"class_path": "MinNorm"}]})
     options = Namespace(
-        config="C.yaml", balancers="B.yaml", seeds=1, workers=1, only=None, split="test"
+        config="C.yaml",
+        balancers="B.yaml",
+        seeds=1,
+        workers=1,
+        only=None,
+        split="test",
+        rivals="none",
+        select="last",
+        last_k=1,
     )
     request = Request(options)
     assert request.logged["regress"] == {"MeanSquaredError": "test/regress/MeanSquaredError"}

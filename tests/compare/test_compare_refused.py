@@ -141,8 +141,31 @@ def test_data_to_evaluate_on(refused: Callable[..., str]):
     for limit in ("limit_train_batches", "max_steps", "max_epochs"):
         config = {**CONFIG, "trainer": {**CONFIG["trainer"], limit: 0}}
         assert f"batches to train on but found `trainer.{limit}: 0`" in refused(config=config)
-    config = {**CONFIG, "data": {"class_path": MODEL + "Nothing"}}
-    assert "Expected data from `train_dataloader` but it returns None" in refused(config=config)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ("Nothing", "An invalid dataloader was returned from `Nothing.train_dataloader"),
+        ("NoBatch", "`train_dataloader` has no batch"),
+        ("LateNone", "An invalid dataloader was returned from `LateNone.val_dataloader"),
+        ("LateError", "FileNotFoundError: no archive in this folder"),
+        ("LateEnd", "its process ended with exit status 3"),
+    ],
+)
+def test_data_that_setup_prepares(refused: Callable[..., str], data: str, message: str):
+    """Found in a process of its own, which goes as far as the first step of a training."""
+    config = {**CONFIG, "data": {"class_path": MODEL + data}}
+    found = refused(config=config)
+    assert "a training to reach its first step with C.yaml but found an error" in found
+    assert message in found
+
+
+def test_test_data_that_raise(refused: Callable[..., str]):
+    config = {**CONFIG, "data": {"class_path": MODEL + "NoTest"}}
+    message = refused("--split", "test", config=config)
+    assert "Expected test data to be there with C.yaml but found an error" in message
+    assert "LookupError: no test data" in message
 
 
 def test_a_model_that_ends_the_process(refused: Callable[..., str]):
