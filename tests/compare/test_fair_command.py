@@ -31,6 +31,7 @@ def records(folder: Path) -> list[dict]:
     return [json.loads(line) for line in text.splitlines()]
 
 
+@pytest.mark.slow
 def test_settings_are_chosen_on_validation_and_reported_on_test(tmp_path: Path):
     options = [*files(tmp_path, TUNED), "--rivals", "all", "--split", "test", "--workers", "2"]
     assert finished(start(tmp_path, options)) == 0, printed(tmp_path)
