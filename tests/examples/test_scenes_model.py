@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from torchvision.models import ResNet50_Weights
 
 from examples import scenes
+from examples.scenes import cost
 from examples.scenes.backbones import dilated_resnet50
 from examples.scenes.data import TASKS, ScenesDataModule
 from examples.scenes.model import Scenes
@@ -290,3 +291,22 @@ def test_the_command_trains_from_the_files(root, tmp_path):
     )
     assert run.returncode == 0, run.stderr
     assert list(tmp_path.rglob("*.ckpt"))
+
+
+# ------------------------------------------------------------------------ cost
+
+
+def test_one_model_is_set_against_one_for_each_task(capsys):
+    arguments = {"tasks": ["segment", "normal"], "classes": 4, "network": "small", "width": 4}
+    images = torch.rand(2, 3, HEIGHT, WIDTH)
+    costs = cost.compare({**arguments, "sharing": "mtan"}, images, repeats=1)
+    assert list(costs) == ["one model", "2 single-task models"]
+    encoder = sum(p.numel() for p in model().encoder.parameters())
+    heads = {t: sum(p.numel() for p in model().heads[t].parameters()) for t in TASKS}
+    expected = 2 * encoder + heads["segment"] + heads["normal"]
+    assert costs["2 single-task models"].parameters == expected
+    assert costs["one model"].weights_mb > 4 * costs["one model"].parameters / 2**20
+    assert all(found.ms > 0 for found in costs.values())
+    size = ["--height", str(HEIGHT), "--width", str(WIDTH), "--images", "1", "--repeats", "1"]
+    cost.main(["--config", str(FOLDER / "smoke.yaml"), *size])
+    assert "| 3 single-task models | 0.0" in capsys.readouterr().out
