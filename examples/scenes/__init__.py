@@ -1,0 +1,1 @@
+"""Dense prediction on NYUv2, Cityscapes or generated scenes: segmentation, depth, normals."""
