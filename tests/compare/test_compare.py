@@ -261,6 +261,7 @@ def table(folder: Path) -> list[dict[str, str]]:
     return [{k: v for k, v in row.items() if not k.startswith(measured)} for row in rows]
 
 
+@pytest.mark.slow
 def test_killed_three_times_it_ends_with_the_same_numbers(grid: Grid, tmp_path: Path):
     options = files(tmp_path)
     path = tmp_path / "out" / "results.jsonl"

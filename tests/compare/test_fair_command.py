@@ -76,6 +76,7 @@ def test_settings_are_chosen_on_validation_and_reported_on_test(tmp_path: Path):
     assert answer[0].replace("(", "(") in (tmp_path / "out" / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_a_search_whose_trials_all_fail_has_no_row_and_the_others_have(tmp_path: Path):
     balancers = {
         "equal": [],

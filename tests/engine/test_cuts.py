@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -259,6 +260,7 @@ def fitted(kind: Callable[[], Net], memory: str, number: int = 4) -> tuple[Tenso
     return torch.cat([p.detach().flatten() for p in module.net.parameters()]), seen.records
 
 
+@pytest.mark.filterwarnings("ignore:Backward passes are repeated")
 @pytest.mark.parametrize("number", [1, 4, 99])
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 def test_weights_and_directions_of_all_rows(kind: Callable[[], Net], number: int) -> None:
@@ -270,6 +272,15 @@ def test_weights_and_directions_of_all_rows(kind: Callable[[], Net], number: int
         close = {"rtol": 1e-9, "atol": 1e-12}
         torch.testing.assert_close(record.gradient_weights, expected.gradient_weights, **close)
     torch.testing.assert_close(found, whole, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("kind", "said"), [(Mlp, 0), (Dense, 1), (Tied, 1)])
+def test_repeated_passes_are_said_once(kind: Callable[[], Net], said: int) -> None:
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        fitted(kind, "blocks")
+    words = [w for w in found if str(w.message).startswith("Backward passes are repeated")]
+    assert len(words) == said
 
 
 def wanted(net: Net) -> set[int]:
@@ -322,6 +333,7 @@ class Graph(Net):
         return self.outputs(*(found[end] for end in self.ends))
 
 
+@pytest.mark.filterwarnings("ignore:Backward passes are repeated")
 @pytest.mark.parametrize("seed", range(40))
 def test_random_graphs(seed: int) -> None:
     net = Graph(seed).double()

@@ -66,6 +66,7 @@ def many(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return path, request.param
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", MANY)
 def test_three_and_four_ranks(many: Any, case: str) -> None:
     path, world = many
@@ -92,6 +93,7 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("launcher", "method"), LAUNCHED)
 def test_processes_that_the_trainer_starts(launched: Path, launcher: str, method: str) -> None:
     """The trained parameters come back to the process that called ``fit``.

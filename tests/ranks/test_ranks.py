@@ -41,7 +41,6 @@ def sees_columns(method: Method) -> bool:
     return wraps or made._columns or not getattr(made, "gramian_weighted", True)
 
 
-DIVIDED = ("sharded", "fsdp2")  # variants in which each process has some columns
 FIRST = list({m.cls: m for m in reversed(METHODS)}.values())  # a row a class
 BLOCKS = [f"blocks|{name}" for name in ("MinNorm", "NashMTL", "DualProj", "TaskTensioner(MinNorm)")]
 # Ranks with other tasks have other graphs, and must agree on the blocks.
@@ -50,8 +49,11 @@ HALF = [f"{v}|{name}" for v in ("bf16", "sharded bf16") for name in ("MinNorm", 
 LEVELS = ("last_layer", "representation", "representation+1", "representation+2")
 BY = [f"{variant}|by {level}" for variant in ("plain", "missing", "sharded") for level in LEVELS]
 PADDED = "padded|by representation+1"
-SMALL = {m.name for m in FIRST if not sees_columns(m)} - {"MinNorm", "EqualWeighting"}
-LATER = [c for c in cases(FIRST) if c.split("|")[0] in DIVIDED and c.split("|")[1] in SMALL]
+# What is summed over ranks does not depend on a method that gets small tensors: of these, all
+# variants of two, and of the others the hardest, labels that are missing on a rank, come first.
+SMALL = {m.name for m in FIRST if not sees_columns(m) and claims(m, "missing")}
+SMALL -= {"MinNorm", "EqualWeighting"}
+LATER = [c for c in cases(FIRST) if c.split("|")[0] != "missing" and c.split("|")[1] in SMALL]
 CASES = [*(c for c in cases(FIRST) if c not in LATER), *BLOCKS, *HALF, *BY]
 OTHERS = [*LATER, *cases([m for m in METHODS if m not in FIRST])]
 

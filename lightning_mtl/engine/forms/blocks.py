@@ -37,6 +37,7 @@ class Blocks(Probe):
     def __init__(self, gradients: TaskGradients, number: int, scale: float) -> None:
         self.number = number
         self.shared = [gradients.parameters[name] for name in gradients.shared or ()]
+        self.repeats = False  # whether a part of the graph is gone through more than once
         self.names = {id(p): name for name, p in gradients.parameters.items()}
         super().__init__(gradients, self.shared[:1], representation=False, scale=scale)
         self._gramian = torch.zeros(
@@ -50,6 +51,8 @@ class Blocks(Probe):
             self.losses[t] = value
             self.gradients.note_root(t, value)
         plan = self._plan()
+        self.repeats = any(block.repeats for block in plan)
+        self.repeats |= sum(block.top is None for block in plan) > 1  # used in several blocks
         groups = [group for block in plan for group in block.groups]
         self.tensors = max(groups, key=_width) or self.tensors  # nothing may be reached
         self.rows = self.gradients.narrow_rows(self.tensors)

@@ -49,7 +49,7 @@ class Probe(OverColumns):
         self.losses: list[Tensor | None] = [None] * gradients.num_tasks
         self.rows = gradients.narrow_rows(self.tensors)
 
-    kept = False
+    kept = repeats = False
 
     @property
     def columns(self) -> Columns:

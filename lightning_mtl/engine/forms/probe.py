@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_mtl.balancer import GradientBalancer
@@ -36,6 +37,14 @@ class Probed(Balanced):
         assert balancer is not None
         self._probe = self._open(balancer, gradients)
         self._probe.collect(losses)
+        if self._probe.repeats and not self.setting.told_of_repeats:
+            self.setting.told_of_repeats = True
+            rank_zero_warn(
+                "Backward passes are repeated with `gradient_memory='blocks'`: the graph of the "
+                "losses has too few places that every path passes (skips over many layers, "
+                "parameters used at several depths). Weights are exact. With a smaller "
+                "`gradient_blocks` it takes less time and more memory."
+            )
 
     def finish(self) -> None:
         """Balance, and take the direction by one backward pass of the trunk."""

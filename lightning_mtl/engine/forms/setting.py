@@ -49,6 +49,7 @@ class Setting:
         self.hooks: set[str] = set()  # those of a backward pass that somebody listens to
         self.told: StepRecord | Callable[[], StepRecord] | None = None  # of the last step
         self.zero_gradient: set[str] = set()  # tasks of which that has been said
+        self.told_of_repeats = False  # of backward passes, for want of places to cut the graph
 
     def gradients(self) -> TaskGradients:
         """Buffers for the task gradients."""

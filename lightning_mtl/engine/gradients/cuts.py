@@ -95,6 +95,11 @@ class Block:
     groups: list[list[Tensor]]
     others: list[Tensor]
 
+    @property
+    def repeats(self) -> bool:
+        """Whether tasks go through a part of the graph more than once for it."""
+        return len(self.groups) > 1
+
 
 def blocks(found: Sequence[Part], wanted: Collection[int], number: int) -> list[Block]:
     """Put parts together to about ``number`` blocks of equal size.
@@ -109,7 +114,8 @@ def blocks(found: Sequence[Part], wanted: Collection[int], number: int) -> list[
     """
     every = {id(leaf): leaf for part in found for leaf in part.used}
     size = {i: _size(leaf) for i, leaf in every.items() if i in wanted}
-    widest = math.ceil(sum(size.values()) / number)
+    # A leaf is never divided, and a small one beside a large one, its bias say, costs no pass.
+    widest = 1.1 * max(sum(size.values()) / number, *size.values(), 0)
     tops, width, choice = [0], 0, 0  # where blocks begin; `choice`: where the next one may
     for i, part in enumerate(found):
         more = sum(size.get(i, 0) for i in {id(leaf) for leaf in part.used})
@@ -145,7 +151,7 @@ def _block(
     bottom: GradientEdge | None,
     leaves: dict[int, Tensor],
     size: dict[int, int],
-    widest: int,
+    widest: float,
 ) -> Block:
     groups: list[list[Tensor]] = [[]]
     width = 0
