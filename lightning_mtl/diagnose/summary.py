@@ -72,7 +72,8 @@ def summarise(found: Study) -> dict[str, Any]:
             "norms": as_list(_norms_by_group([point.gramians for point in found.points])),
         },
         "update": {
-            "cosine": as_list(noise.mean_of(np.stack([p.along_update for p in found.points]))),  # type: ignore[misc] # set in every point
+            # every point has one
+            "cosine": as_list(noise.mean_of(np.stack([p.along_update for p in found.points]))),  # type: ignore[misc]
             "sum": as_list(noise.mean_of(np.asarray([p.sum_along_update for p in found.points]))),
             "length": as_list(np.mean([p.update for p in found.points])),
         },

@@ -5,7 +5,6 @@ References here work on the gradients themselves, in plain loops.
 
 from __future__ import annotations
 
-import io
 import math
 
 import numpy as np
@@ -13,34 +12,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_mtl.balancer import Balancer, Columns, GradientBalancer
+from lightning_mtl.balancer import Columns, GradientBalancer
 from lightning_mtl.gradient_balancers.grad_vac import GradVac, grad_vac_weights
 from lightning_mtl.gradient_balancers.pcgrad import PCGrad, pcgrad_weights
 from tests.common.methods import TASKS
 from tests.common.models import Balanced, loader, trainer
+from tests.methods.in_order import permutations, random_step, saved
 
 COLUMNS = Columns(("net.0.weight", "net.0.bias", "net.2.weight", "scale"), (3, 2, 3, 2))
 NAN = float("nan")
-
-
-def random_step(
-    rng: np.random.Generator, size: int, width: int = 10, spread: float = 1.0
-) -> tuple[Tensor, Tensor]:
-    """Gradients that often conflict, and positive losses."""
-    rows = rng.standard_normal((size, width)) * 10 ** rng.uniform(-spread, spread, (size, 1))
-    return torch.from_numpy(rows), torch.from_numpy(10 ** rng.uniform(-1, 1, size))
-
-
-def permutations(rng: np.random.Generator, size: int) -> list[list[int]]:
-    return [rng.permutation(size).tolist() for _ in range(size)]
-
-
-def saved(balancer: Balancer) -> dict:
-    """The state after a round trip through a checkpoint file."""
-    file = io.BytesIO()
-    torch.save(balancer.state_dict(), file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 REFUSED = [

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-
 import numpy as np
 import pytest
 import torch
@@ -21,28 +19,9 @@ from lightning_mtl.gradient_balancers.pcgrad import PCGrad
 from lightning_mtl.gradient_balancers.smooth import Smooth, smoothed_weights
 from lightning_mtl.loss_balancers import EqualWeighting, LogLoss
 from tests.common.models import Balanced, loader, trainer
+from tests.methods.in_order import random_step, saved
 
 NAN = float("nan")
-
-
-def random_step(
-    rng: np.random.Generator, size: int, width: int = 10, spread: float = 1.0
-) -> tuple[Tensor, Tensor]:
-    """Gradients that often conflict, and positive losses."""
-    rows = rng.standard_normal((size, width)) * 10 ** rng.uniform(-spread, spread, (size, 1))
-    return torch.from_numpy(rows), torch.from_numpy(10 ** rng.uniform(-1, 1, size))
-
-
-def permutations(rng: np.random.Generator, size: int) -> list[list[int]]:
-    return [rng.permutation(size).tolist() for _ in range(size)]
-
-
-def saved(balancer: Balancer) -> dict:
-    """The state after a round trip through a checkpoint file."""
-    file = io.BytesIO()
-    torch.save(balancer.state_dict(), file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 REFUSED = [

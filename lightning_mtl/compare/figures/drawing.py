@@ -212,7 +212,7 @@ def name_points(drawing: Drawing, axis: Any, points: Sequence[tuple[float, float
     without, since a pointer on its point tells it.
     """
     drawing.settle()
-    renderer = drawing.figure.canvas.get_renderer()  # type: ignore[attr-defined]
+    renderer = drawing.figure.canvas.get_renderer()  # type: ignore[attr-defined] # Agg's has it
     inside = axis.get_window_extent(renderer)
     seats = axis.transData.transform([(x, y) for x, y, _ in points]) if points else []
     taken: list[Any] = []

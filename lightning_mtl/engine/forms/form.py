@@ -37,7 +37,7 @@ class Form:
         self.late = late
 
     @classmethod
-    def may_be_late(cls, setting: Setting) -> bool:  # noqa: ARG003
+    def may_be_late(cls, setting: Setting) -> bool:  # noqa: ARG003 # for others
         """Whether losses may be looked at together with the gradients."""
         return True
 

@@ -28,7 +28,7 @@ class Perturbed(Balanced):
     """
 
     @classmethod
-    def may_be_late(cls, setting: Setting) -> bool:  # noqa: ARG003
+    def may_be_late(cls, setting: Setting) -> bool:  # noqa: ARG003 # for others
         """Never: a bad loss would be met at other parameters."""
         return False
 
