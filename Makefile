@@ -64,8 +64,8 @@ test-ported:  ## modules of other libraries, ported
 	.venv-ported/bin/python -m pytest tests/ported
 
 docs: install  ## build the pages (warnings are errors) and run their examples
-	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
-	$(BIN)/python -m sphinx -W --keep-going -q -b doctest docs docs/_build/doctest
+	$(BIN)/python -m sphinx -W --keep-going -q -d docs/_build/read -b html docs docs/_build/html
+	$(BIN)/python -m sphinx -W --keep-going -q -d docs/_build/read -b doctest docs docs/_build/doctest
 
 demo: install  ## two digits, balancers and rivals, three seeds; report in demo_results/
 	$(BIN)/lightning-mtl compare --config examples/digits/compare.yaml \

@@ -50,9 +50,6 @@ class Running(Protocol):
     def read_losses(self, batch: Any, batch_idx: int) -> TaskLosses:
         """The losses of a micro-batch, checked."""
 
-    def late(self) -> bool:
-        """Whether losses are looked at together with the gradients."""
-
 
 def without_autocast(device_type: str) -> AbstractContextManager[Any]:
     """Exact arithmetic, after a forward pass under autocast."""
@@ -186,7 +183,7 @@ class Closure:
         group = Group(False, [None] * number, [0.0] * number)
         group.add(losses)
         with without_autocast(flow.module.device.type):
-            return self._backward(losses, Sum(flow.setting, group, late=flow.late()))
+            return self._backward(losses, Sum(flow.setting, group, late=losses.late))
 
     def _backward(self, losses: TaskLosses, form: Form) -> Tensor:
         flow, group = self.flow, form.group

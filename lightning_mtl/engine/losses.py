@@ -103,6 +103,7 @@ def read_losses(
         if ranks.alone:
             raise
         read, wrong = TaskLosses([], [], []), error
+    read.late = late
     if late or (on_bad_loss == "ignore" and ranks.alone):
         return read
     values = _to_host(read.values)

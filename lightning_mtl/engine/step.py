@@ -218,11 +218,11 @@ class Flow:
             step=self.trainer.global_step + 1,
             ranks=self.ranks,
             lockstep=self._lockstep(),
-            late=self.late(),
+            late=self._late(),
             from_batch=module.names_from_batch,
         )
 
-    def late(self) -> bool:
+    def _late(self) -> bool:
         """Whether losses are looked at together with the gradients, by one transfer to the host.
 
         Only in a step of one micro-batch. What is bad is then left out as a whole, before
@@ -280,7 +280,6 @@ class Flow:
             losses,
             single=single,
             uneven=self._uneven,
-            late=self.late(),
             marked=self._representation,
         )
 

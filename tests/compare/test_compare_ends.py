@@ -105,6 +105,7 @@ def test_a_second_start_is_refused_and_a_dead_owner_keeps_nothing(tmp_path: Path
     assert finished(again) == 143
 
 
+@pytest.mark.slow  # a disk that is full says the same
 def test_files_that_may_grow_no_more(tmp_path: Path):
     """The limit is met in the middle of a line; what was written of it is taken away."""
     options = files(tmp_path, BROKEN)

@@ -107,6 +107,7 @@ def test_what_is_absent_is_absent(tmp_path: Path) -> None:
         assert words in run.stderr
 
 
+@pytest.mark.slow
 def test_what_there_is_no_time_for_is_said(tmp_path: Path) -> None:
     out = tmp_path / "results.json"
     run = gpu(tmp_path, "--device", "cpu", "--minutes", "0.1", "--out", str(out))

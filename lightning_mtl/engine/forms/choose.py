@@ -39,7 +39,6 @@ def choose(
     *,
     single: bool,
     uneven: bool,
-    late: bool,
     marked: list[Tensor],
 ) -> Form:
     """The form of a step: the table in docs/design.md.
@@ -50,10 +49,9 @@ def choose(
         losses: of the first micro-batch.
         single: whether it is the only one.
         uneven: whether label counts or absent tasks were met under accumulation.
-        late: whether losses have still to be looked at.
         marked: what the module marked as shared representation.
     """
-    balancer = setting.gradient_balancer
+    balancer, late = setting.gradient_balancer, losses.late
     rows = group.observed
     if not single:
         rows |= uneven or setting.loss_balancer.needs_current_losses
@@ -61,14 +59,14 @@ def choose(
         return Sum(setting, group, late=late, uneven=uneven)
     kind: type[Balanced] = Rows
     if balancer is not None:
-        blocks = setting.module.gradient_memory == "blocks" and not balancer.perturbs
+        blocks = setting.module.gradient_memory == "blocks" and not setting.perturbs
         narrow = blocks or balancer.gradients != "parameters"
         setting.layout.probing = narrow and len(group.counts) > 1
         kind = Probed if setting.layout.probing else Rows
-        kind = Perturbed if balancer.perturbs else kind
+        kind = Perturbed if setting.perturbs else kind
     kind = _lay_out(setting, group, losses, single, kind, marked)
     wanted = None
-    if balancer is not None and not (rows or balancer.perturbs):
+    if balancer is not None and not (rows or setting.perturbs):
         known, wanted = _spare(setting, group, balancer, losses, single, late, uneven)
         if known is not None:
             return known

@@ -43,6 +43,8 @@ class Setting:
         self.loss_balancer = loss_balancer
         self.gradient_balancer = gradient_balancer
         self.limit = limit
+        # Asked once a fit: what a protocol holds takes Python ten microseconds to see.
+        self.perturbs = gradient_balancer is not None and gradient_balancer.perturbs
         # An absent task then counts for zero, as when users add the losses up themselves.
         self.plain = loss_balancer.all_ones and gradient_balancer is None
         self.scaler: Any = getattr(trainer.precision_plugin, "scaler", None)

@@ -28,6 +28,7 @@ class TaskLosses:
         joint_counts: sums of counts.
         size: number of processes.
         counted: tasks whose labels were counted in any process, if only to none.
+        late: whether they have still to be looked at for finite numbers.
     """
 
     tasks: list[int]
@@ -41,6 +42,7 @@ class TaskLosses:
     joint_counts: list[float] = field(default_factory=list)
     size: int = 1
     counted: set[int] = field(default_factory=set)
+    late: bool = False
     _total: Tensor | None = None
 
     def __iter__(self) -> Iterator[tuple[int, Tensor, float, bool]]:

@@ -1,0 +1,1 @@
+"""Three questions whose answer is known before they are asked."""
