@@ -22,6 +22,7 @@ from lightning_mtl.diagnose.reading import COULD, NONE, OPEN, gains, level
 from lightning_mtl.diagnose.summary import STARVED
 
 MARGIN, ALPHA = 1.0, 0.05
+SEEN = 27  # lines of the bank: with these in view the rule of the reading was chosen
 NAMES = ("LogLoss", "DualBalance", "CentralDirection", "NashMTL", "UPGrad", "CAGrad", "MinNorm")
 LEVELS = (COULD, OPEN, NONE)
 EVIDENCE = Path(lightning_mtl.diagnose.__file__).with_name("evidence.json")
@@ -61,13 +62,11 @@ def counts(pairs: Iterable[tuple[bool, bool]]) -> dict[str, int]:
 
 
 def halves(lines: Sequence[Line]) -> tuple[list[Line], list[Line]]:
-    """Problems on which the numbers of rules are chosen, and others on which they are tried.
+    """Problems that there were when the rules were chosen, and those that were made after.
 
-    Both have every kind, and every size of which there are two.
+    Both have every kind and every size.
     """
-    odd = [(line["number"] + (line["tasks"] > 2)) % 2 for line in lines]
-    parts = [[line for line, o in zip(lines, odd, strict=True) if o == part] for part in (0, 1)]
-    return parts[0], parts[1]
+    return list(lines[:SEEN]), list(lines[SEEN:])
 
 
 def slowest(line: Line) -> float:
@@ -103,7 +102,7 @@ def cut(lines: Sequence[Line], score: Score) -> float:
 
 
 def evidence(lines: Sequence[Line]) -> dict[str, Any]:
-    """What the reading quotes, from problems its number was not chosen on: ``[true, cases]``."""
+    """What the reading quotes, from problems made after it was chosen: ``[true, cases]``."""
     new = halves(lines)[1]
     found: dict[str, Any] = {"problems": len(new)}
     blind = [{**line["diagnosis"], "alone": {}} for line in new]
@@ -145,7 +144,7 @@ def truths(lines: Sequence[Line]) -> str:
 
 
 def rules(lines: Sequence[Line]) -> str:
-    """Every rule: its number from the first problems, its counts on both."""
+    """Every rule: its number from the problems in view, its counts on these and on new ones."""
     first, second = halves(lines)
     rows = []
     for rule, score in SCORES.items():
@@ -160,7 +159,7 @@ def rules(lines: Sequence[Line]) -> str:
 
 
 def verdicts(lines: Sequence[Line]) -> str:
-    """The rule of the reading on the problems its number was not chosen on, by family."""
+    """The rule of the reading on the problems that were made after it was chosen, by family."""
     found = evidence(lines)
     of = found["families"]
     rows: list[list[Any]] = [
@@ -180,7 +179,7 @@ def main() -> None:
     options = parser.parse_args()
     lines = [json.loads(line) for line in options.bank.read_text().splitlines()]
     first, second = halves(lines)
-    print(f"{len(lines)} problems: {len(first)} to choose on, {len(second)} to try\n")
+    print(f"{len(first)} problems in view when the rules were chosen, {len(second)} made after\n")
     print(truths(lines), rules(lines), verdicts(lines), sep="\n\n")
     if options.evidence:
         EVIDENCE.write_text(json.dumps(evidence(lines), indent=1) + "\n")

@@ -49,7 +49,7 @@ ATTEMPTS = 4  # a neighbour on the same machine can slow one way for seconds
 
 # In brackets what was measured. Calls and numbers written are the same in every run: 5 % are for
 # other versions of Python, PyTorch and Lightning. A copy of J would add 0.75 to the numbers. Times
-# are of x86-64 machines of two cores with one thread, on which a figure was up to 1.5 times another.
+# are of x86-64 machines of two cores with one thread; one figure was up to 1.5 times another.
 LIMITS: dict[tuple[str, str], float] = {
     (CALLS, ENGINE): 1.82,  # [1.73]
     (CALLS, NONE): 0.88,  # [0.83]

@@ -7,13 +7,20 @@ from typing import Any
 import torch
 from lightning import LightningDataModule
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    RandomSampler,
+    SequentialSampler,
+    TensorDataset,
+)
 from torchmetrics import MeanSquaredError
 
 from lightning_mtl import MultiTaskModule, Task
 
 TASKS = ("first", "second")
-Sample = tuple[Tensor, dict[str, Tensor]]
+INPUTS, FEATURES = 16, 8
+Batch = tuple[Tensor, dict[str, Tensor]]
 
 
 class Scaled(nn.Module):
@@ -33,6 +40,7 @@ class TwoRegressions(MultiTaskModule):
     Args:
         scale: what the loss of the first task is multiplied by.
         width: of the shared layer.
+        linear: leave the tanh out.
         lr: learning rate.
         weight_decay: of AdamW.
         steps: over which the rate falls along a cosine.
@@ -43,6 +51,7 @@ class TwoRegressions(MultiTaskModule):
         self,
         scale: float = 1.0,
         width: int = 16,
+        linear: bool = False,
         lr: float = 0.01,
         weight_decay: float = 0.0,
         steps: int = 600,
@@ -54,7 +63,7 @@ class TwoRegressions(MultiTaskModule):
             baseline=baseline,
         )
         self.save_hyperparameters()
-        self.trunk = nn.Sequential(nn.Linear(INPUTS, width), nn.Tanh())
+        self.trunk = nn.Sequential(nn.Linear(INPUTS, width), nn.Identity() if linear else nn.Tanh())
         self.heads = nn.ModuleDict({name: nn.Linear(width, 1) for name in TASKS})
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
@@ -68,9 +77,6 @@ class TwoRegressions(MultiTaskModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": decay, "interval": "step"}}
 
 
-INPUTS, FEATURES = 16, 8
-
-
 class Teacher(LightningDataModule):
     """Targets of a fixed random network, of variance 1 before the noise; drawn when asked for.
 
@@ -78,29 +84,40 @@ class Teacher(LightningDataModule):
         noise: standard deviation of what nobody can predict.
         train: training samples; validation and test have 4,096 each.
         batch_size: samples a batch.
+        linear: leave the tanh out.
     """
 
-    def __init__(self, noise: float = 0.1, train: int = 6_400, batch_size: int = 32) -> None:
+    def __init__(
+        self, noise: float = 0.1, train: int = 6_400, batch_size: int = 32, linear: bool = False
+    ) -> None:
         super().__init__()
         self.noise, self.train, self.batch_size = noise, train, batch_size
+        self.bend = nn.Identity() if linear else nn.Tanh()
 
-    def _drawn(self, stage: int, count: int) -> list[Sample]:
+    def _loader(self, stage: int, count: int, batch_size: int, *, shuffle: bool) -> DataLoader[Any]:
         fixed = torch.Generator().manual_seed(0)
         features = 2 * torch.randn(INPUTS, FEATURES, generator=fixed) / INPUTS**0.5
         mixtures = torch.randn(FEATURES, len(TASKS), generator=fixed)
-        scale = (torch.tanh(torch.randn(4096, INPUTS, generator=fixed) @ features) @ mixtures).std(0)
+        many = torch.randn(4096, INPUTS, generator=fixed)
+        scale = (self.bend(many @ features) @ mixtures).std(0)
         generator = torch.Generator().manual_seed(1 + stage)
         x = torch.randn(count, INPUTS, generator=generator)
-        y = torch.tanh(x @ features) @ (mixtures / scale)
-        y = y + self.noise * torch.randn(y.shape, generator=generator)
-        columns = TensorDataset(x, *y.T)
-        return [(row[0], dict(zip(TASKS, row[1:], strict=True))) for row in columns]
+        y = self.bend(x @ features) @ (mixtures / scale)
+        rows = TensorDataset(x, y + self.noise * torch.randn(y.shape, generator=generator))
+        order = RandomSampler(rows) if shuffle else SequentialSampler(rows)
+        batches = BatchSampler(order, batch_size, drop_last=False)  # rows of a batch by one index
+        return DataLoader(rows, sampler=batches, batch_size=None, collate_fn=named)
 
     def train_dataloader(self) -> DataLoader[Any]:
-        return DataLoader(self._drawn(0, self.train), self.batch_size, shuffle=True)  # type: ignore[arg-type] # a list is a data set
+        return self._loader(0, self.train, self.batch_size, shuffle=True)
 
     def val_dataloader(self) -> DataLoader[Any]:
-        return DataLoader(self._drawn(1, 4096), 512)  # type: ignore[arg-type] # likewise
+        return self._loader(1, 4096, 512, shuffle=False)
 
     def test_dataloader(self) -> DataLoader[Any]:
-        return DataLoader(self._drawn(2, 4096), 512)  # type: ignore[arg-type] # likewise
+        return self._loader(2, 4096, 512, shuffle=False)
+
+
+def named(rows: tuple[Tensor, Tensor]) -> Batch:
+    """A batch with a target for each task."""
+    return rows[0], dict(zip(TASKS, rows[1].T, strict=True))
