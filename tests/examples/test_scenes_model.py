@@ -3,6 +3,7 @@
 import dataclasses
 import subprocess
 import sys
+from argparse import Namespace
 from itertools import chain
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from examples.scenes.backbones import dilated_resnet50
 from examples.scenes.data import TASKS, ScenesDataModule
 from examples.scenes.model import Scenes
 from lightning_mtl import DualBalance, GradientMonitor
+from lightning_mtl.compare.request import Request
 from tests.common.models import trainer
 from tests.examples.scenes import HEIGHT, WIDTH, module, written
 
@@ -274,6 +276,20 @@ def test_balancers_are_the_methods_of_the_paper():
     for callback in chain.from_iterable(rows.values()):
         cls = getattr(lightning_mtl, callback["class_path"])
         assert isinstance(cls(**callback.get("init_args", {})), lightning_mtl.Balancer)
+
+
+@pytest.mark.parametrize("path", sorted((FOLDER / "studies").glob("*.yaml")), ids=lambda p: p.stem)
+def test_a_study_is_one_command(path, root, tmp_path, monkeypatch):
+    """Every row, setting and name is read as `compare` reads it before it trains."""
+    text = yaml.safe_load((FOLDER / "smoke.yaml").read_text())
+    text["data"]["init_args"]["root"] = str(root)
+    (tmp_path / "smoke.yaml").write_text(yaml.safe_dump(text))
+    monkeypatch.chdir(FOLDER.parents[1])
+    options = {"config": str(tmp_path / "smoke.yaml"), "balancers": str(path), "only": None}
+    flags = {"seeds": 1, "workers": 1, "split": "val", "rivals": "none"}
+    request = Request(Namespace(**options, **flags, select="last", last_k=1))
+    assert list(request.methods) == list(yaml.safe_load(path.read_text()))
+    assert path.name in (FOLDER / "README.md").read_text()
 
 
 @pytest.mark.slow  # a process of its own, with all that it imports

@@ -50,7 +50,7 @@ class Blocks(Probe):
             value = value if count * self.scale == 1 else value * (count * self.scale)
             self.losses[t] = value
             self.gradients.note_root(t, value)
-        plan = self._plan()
+        plan = self._blocks = self._plan()
         self.repeats = any(block.repeats for block in plan)
         self.repeats |= sum(block.top is None for block in plan) > 1  # used in several blocks
         groups = [group for block in plan for group in block.groups]
@@ -64,11 +64,13 @@ class Blocks(Probe):
                 bottom = block.bottom if number == len(block.groups) - 1 else None
                 rows = self._of(group)
                 for t in range(self.num_tasks):
-                    grads = self._passed(t, block.top, above[t], [*group, *others], bottom)
+                    output = self.losses[t] if block.top is None else above[t]
+                    grads = self._passed(block.top, output, [*group, *others], bottom)
                     self._put(rows[t], group, grads[: len(group)])
                     heads = grads[len(group) : len(group) + len(others)]
                     self.gradients.heads.add(t, [self.names[id(p)] for p in others], heads)
                     below[t] = grads[-1] if bottom is not None else None
+                    del grads, heads  # before the next pass makes others
                 if group:
                     rows = self.gradients.ranks.sum_(rows)
                     self._gramian += inner.gramian(rows / self.scale if self.scale != 1 else rows)
@@ -99,15 +101,15 @@ class Blocks(Probe):
 
     def _passed(
         self,
-        task: int,
         top: GradientEdge | None,
-        gradient: Tensor | None,
+        output: Tensor | None,
         leaves: Sequence[Tensor],
         bottom: GradientEdge | None,
+        *,
+        retain_graph: bool = True,
     ) -> Sequence[Tensor | None]:
-        """Gradients of a task from the top of a block to its leaves, and at its bottom."""
+        """Gradients at the leaves of a block and at its bottom, from a loss or from the top."""
         inputs: list[Any] = [*leaves, *([] if bottom is None else [bottom])]
-        output = self.losses[task] if top is None else gradient
         if output is None or not inputs:
             return [None] * len(inputs)
         with nullcontext() if top is None else _given(top, output):
@@ -115,7 +117,7 @@ class Blocks(Probe):
                 [output] if top is None else [top],
                 inputs,
                 None if top is None else [output],
-                retain_graph=True,
+                retain_graph=retain_graph,
                 allow_unused=True,
             )
         self._dense(leaves, grads[: len(leaves)])
@@ -158,6 +160,23 @@ class Blocks(Probe):
         """Note the weights: the direction is taken when it is written."""
         self.weights = weights.to(self.rows.dtype)
         return weights
+
+    def write_shared(self, direction: Tensor, *, every_column: bool) -> None:
+        """The weighted losses' way down the blocks, so that no second direction is there."""
+        output: Tensor | None = self._weighted()
+        self.gradients.begin_row()
+        again = any(b.top is None for b in self._blocks[1:])  # from the losses once more
+        for block in self._blocks:
+            output = self._weighted() if block.top is None else output
+            for number, group in enumerate(block.groups, 1):
+                last = number == len(block.groups)
+                bottom, keep = block.bottom if last else None, again or not last
+                found = self._passed(block.top, output, group, bottom, retain_graph=keep)
+                by_id = dict(zip(map(id, group), found, strict=False))
+                self.gradients.add_to_row(0, [by_id.get(id(p)) for p in self.shared])
+                output = found[-1] if bottom is not None else output
+                del found, by_id  # before the next pass makes others
+        self._sum_row()
 
 
 def _width(group: Sequence[Tensor]) -> int:

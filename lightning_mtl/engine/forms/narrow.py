@@ -134,14 +134,20 @@ class Probe(OverColumns):
             outputs = [as_grad(direction.view_as(real(z.detach())), z)]
             grads = torch.autograd.grad([z], shared, outputs, allow_unused=True)
         else:
-            terms = [
-                weight * loss
-                for weight, loss in zip(self.weights, self.losses, strict=True)
-                if loss is not None
-            ]
-            grads = torch.autograd.grad(sum(terms[1:], terms[0]), shared, allow_unused=True)
+            grads = torch.autograd.grad(self._weighted(), shared, allow_unused=True)
         self.gradients.begin_row()
         self.gradients.add_to_row(0, grads)
+        self._sum_row()
+
+    def _weighted(self) -> Tensor:
+        """The sum of the losses times their weights in the direction."""
+        pairs = zip(self.weights, self.losses, strict=True)
+        terms = [weight * loss for weight, loss in pairs if loss is not None]
+        total: Tensor = sum(terms[1:], terms[0])
+        return total
+
+    def _sum_row(self) -> None:
+        """Row 0 of every rank, summed, into ``.grad``."""
         self.gradients.agree()
         self.gradients.write_shared(self.gradients.combined(), every_column=False)
 
