@@ -58,7 +58,7 @@ class Task(nn.Module):
                 f"Expected argument `loss` to be an object but got the class {loss.__name__}. Make "
                 f"one: Task({loss.__name__}(...))."
             )
-        self.loss = loss
+        self.loss: nn.Module | Callable[[Any, Any], Any] = loss
         self.target = target
         self.count = count
         self.balance = balance
@@ -105,12 +105,12 @@ def _collection(metrics: Metrics) -> MetricCollection:
         metrics = {}
     elif isinstance(metrics, Metric):
         metrics = [metrics]
-    listed = metrics if isinstance(metrics, Mapping | list | tuple) else [metrics]
-    for metric in listed.values() if isinstance(listed, Mapping) else listed:
+    several: Any = metrics if isinstance(metrics, Mapping | list | tuple) else [metrics]
+    for metric in several.values() if isinstance(several, Mapping) else several:
         if not isinstance(metric, Metric | MetricCollection):
-            one = isinstance(metric, type)
-            found = f"the class {metric.__name__}" if one else repr(metric)
-            cure = f"Make one: {metric.__name__}(...)." if one else "Pass MeanSquaredError(), say."
+            found, cure = repr(metric), "Pass MeanSquaredError(), say."
+            if isinstance(metric, type):
+                found, cure = f"the class {metric.__name__}", f"Make one: {metric.__name__}(...)."
             raise TypeError(
                 f"Expected argument `metrics` to hold objects of torchmetrics but got {found}. "
                 f"{cure}"

@@ -16,7 +16,17 @@ from lightning_mtl.engine.batches import check_keys, described, say_none, say_wh
 from lightning_mtl.engine.losses import _with_count, as_count, known_tasks
 from lightning_mtl.metrics.delta_p import _check_names, delta_p, load_baseline
 from lightning_mtl.task import STAGES
-from lightning_mtl.trainer.joined import Means, agreed, alone, compute, log, means, of_all, state_of
+from lightning_mtl.trainer.joined import (
+    Means,
+    agreed,
+    alone,
+    compute,
+    log,
+    means,
+    of_all,
+    state_of,
+    widen,
+)
 from lightning_mtl.trainer.samples import samples, samples_of_batch
 
 
@@ -132,6 +142,8 @@ class Evaluation:
                 where = f"the target of task '{name}'"
                 count = samples(target, inputs, where, "Give the task `Task(count=...)`.")
             self._means.add(name, loss, count)
+            if name not in self._measured:
+                widen(task.stage(stage).values())
             self._measured.add(name)
             prediction = apply_to_collection(predictions[name], Tensor, Tensor.detach)
             for key, metric in task.stage(stage).items():

@@ -66,9 +66,9 @@ def check_trainer(trainer: Trainer, module: TaskModule, callbacks: Sequence[Call
             # Lightning would call its `on_exception` because of this error, and tell of that only.
             attached = trainer.callbacks  # type: ignore[attr-defined] # set by a connector
             trainer.callbacks = [c for c in attached if isinstance(c, Callback)]  # type: ignore[attr-defined]
-            is_class = isinstance(callback, type)
-            found = f"the class {callback.__name__}" if is_class else repr(callback)
-            made = callback.__name__ if is_class else "MinNorm"
+            found, made = repr(callback), "MinNorm"
+            if isinstance(callback, type):
+                found, made = f"the class {callback.__name__}", callback.__name__
             raise MisconfigurationException(
                 f"Expected callbacks as objects but found {found}. Write `callbacks=[{made}()]`."
             )
@@ -156,7 +156,16 @@ def explain_folder(trainer: Trainer, exception: BaseException) -> None:
 
 
 def check_optimizers(trainer: Trainer, module: TaskModule) -> None:
-    """Refuse an optimizer that evaluates the loss several times a step beside balancers."""
+    """Refuse no optimizer, and one that evaluates the loss several times a step beside balancers.
+
+    What returns ``None`` on purpose has a mock in its place, of which Lightning tells.
+    """
+    if not trainer.optimizers:
+        raise MisconfigurationException(
+            f"Expected {type(module).__name__} to be trained but no optimizer of "
+            f"`configure_optimizers` holds a trainable parameter. Return one, "
+            f"`SGD(self.parameters(), ...)`, instead of an empty list."
+        )
     if module._flow is None or not module._flow.balancers:
         return
     for optimizer in trainer.optimizers:
