@@ -12,7 +12,7 @@ from typing import Any
 
 from lightning_mtl.compare import CompareError
 from lightning_mtl.compare.cost import positive, timing_fault
-from lightning_mtl.compare.folder import append, as_bytes, flatten, write
+from lightning_mtl.compare.folder import append, as_bytes, check_lock, flatten, write
 from lightning_mtl.compare.grid import Run
 from lightning_mtl.compare.texts import shortened
 
@@ -89,8 +89,10 @@ class Results:
         """Add a run, on the disk when this returns. Curves get their own file.
 
         Raises:
-            OSError: it could not be written; everything before is as it was.
+            OSError: it could not be written; everything before is as it was. Or the folder may
+                belong to another comparison by now.
         """
+        check_lock(self.path.parent)
         if "curves" in record:
             points = record.pop("curves")
             write(self._curves(record), "".join(_line(point) for point in points))

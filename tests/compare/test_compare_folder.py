@@ -6,13 +6,14 @@ import codecs
 import json
 import os
 import resource
+import shutil
 import signal
 from pathlib import Path
 
 import pytest
 
 from lightning_mtl.compare import CompareError
-from lightning_mtl.compare.folder import append, claimed, write
+from lightning_mtl.compare.folder import append, claimed, owned, write
 from lightning_mtl.compare.grid import Run, file_names, plan
 from lightning_mtl.compare.results import Results
 
@@ -242,6 +243,24 @@ def test_the_lock_goes_with_the_block(tmp_path: Path):
             "curves",
             "logs",
         ]
+
+
+@pytest.mark.parametrize("gone", [".lock", "."])
+def test_nothing_is_written_once_the_lock_is_gone(tmp_path: Path, gone: str):
+    """Whoever removed it, or the folder with it, may have started another comparison there."""
+    folder = tmp_path / "out"
+    with claimed(folder, {"a": 1}):
+        results = Results(folder, DIRECTIONS)
+        results.append(RUNS[0], record(RUNS[0]))
+        if gone == ".":
+            shutil.rmtree(folder)
+        else:
+            (folder / gone).unlink()
+        with pytest.raises(OSError, match=r"lock was removed .* writes nothing more"):
+            results.append(RUNS[1], record(RUNS[1]))
+        with owned(folder), pytest.raises(OSError, match=r"lock was removed .* nothing more"):
+            results.append(RUNS[1], record(RUNS[1]))
+        assert list(Results(folder, DIRECTIONS).records) == ([] if gone == "." else RUNS[:1])
 
 
 @pytest.mark.parametrize(
