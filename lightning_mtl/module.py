@@ -151,7 +151,7 @@ class MultiTaskModule(TaskModule):
         shard_gradients: bool = False,
         gradient_memory: Memory = "full",
         gradient_blocks: int = 4,
-        baseline: Mapping[str, Mapping[str, float]] | str | Path | None = None,
+        baseline: Mapping[str, Mapping[str, Any]] | str | Path | None = None,
         delta_p_metrics: Mapping[str, Mapping[str, bool]] | None = None,
         **others: NoReturn,
     ) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.wrappers import MetricTracker
 
@@ -40,7 +40,7 @@ class Task(nn.Module):
 
     def __init__(
         self,
-        loss: nn.Module | Callable[[Any, Any], Tensor],  # a class in YAML, or a function by path
+        loss: nn.Module | Callable[[Any, Any], Any],  # in YAML a class, or any function by its path
         metrics: Metrics = None,
         *,
         target: str | None = None,
@@ -53,7 +53,12 @@ class Task(nn.Module):
                 f"Expected argument `loss` to be callable as loss(prediction, target) but got "
                 f"{type(loss).__name__}. Pass a loss module such as nn.MSELoss() or a function."
             )
-        self.loss = loss
+        if isinstance(loss, type) and issubclass(loss, nn.Module):
+            raise TypeError(
+                f"Expected argument `loss` to be an object but got the class {loss.__name__}. Make "
+                f"one: Task({loss.__name__}(...))."
+            )
+        self.loss: nn.Module | Callable[[Any, Any], Any] = loss
         self.target = target
         self.count = count
         self.balance = balance
@@ -100,6 +105,16 @@ def _collection(metrics: Metrics) -> MetricCollection:
         metrics = {}
     elif isinstance(metrics, Metric):
         metrics = [metrics]
+    several: Any = metrics if isinstance(metrics, Mapping | list | tuple) else [metrics]
+    for metric in several.values() if isinstance(several, Mapping) else several:
+        if not isinstance(metric, Metric | MetricCollection):
+            found, cure = repr(metric), "Pass MeanSquaredError(), say."
+            if isinstance(metric, type):
+                found, cure = f"the class {metric.__name__}", f"Make one: {metric.__name__}(...)."
+            raise TypeError(
+                f"Expected argument `metrics` to hold objects of torchmetrics but got {found}. "
+                f"{cure}"
+            )
     # Lightning logs and resets each metric by itself, which compute groups would not survive.
     return MetricCollection(
         dict(metrics) if isinstance(metrics, Mapping) else list(metrics), compute_groups=False

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_mtl.compare.confirm import Plan
+from lightning_mtl.compare.cost import positive
 from lightning_mtl.compare.folder import write
 from lightning_mtl.compare.table import Curves, Summary, summarise
 
@@ -68,11 +69,16 @@ class About:
             raise ValueError(f"no `methods` that map each name to one of {', '.join(_KINDS)}")
         about = cls(**content)
         about.facts = [(str(k), str(v)) for k, v in about.facts]
-        about.remarks = [str(remark) for remark in about.remarks]
-        if not isinstance(about.seeds, int | None) or not isinstance(
-            about.margin, float | int | None
-        ):
-            raise ValueError("`seeds` or `margin` that are no numbers")
+        for name in ("unmeasured", "remarks"):
+            if not isinstance(content.get(name, []), list) or not _all(content.get(name, ()), str):
+                raise ValueError(f"`{name}` that are no list of texts")
+        texts = about.texts
+        if not isinstance(texts, dict) or not _all([*texts, *texts.values()], str):
+            raise ValueError("`texts` that are no mapping of texts")
+        for name in ("seeds", "margin"):
+            found = content.get(name)
+            if found is not None and not positive(found, int if name == "seeds" else float):
+                raise ValueError(f"`{name}` {found!r} instead of a number above 0")
         return about
 
     def summary(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import codecs
 import json
 import math
 from collections.abc import Collection, Mapping, Sequence
@@ -93,6 +94,11 @@ def _shown(
         chosen = {plan.balancer, *plan.rivals}
         last = FIRST_FRESH + plan.seeds
         shown += [r for r in records if FIRST_FRESH <= r["seed"] < last and r["method"] in chosen]
+    elif any(record["seed"] >= FIRST_FRESH for record in records):
+        notes.append(
+            f"runs of a confirmation are left out: there is no confirm.json in {folder} that says "
+            f"what they are to decide"
+        )
     curves: dict[str, list[list[Record]]] = {}
     for record in shown:
         path = folder / "curves" / f"{record['run']}.jsonl"
@@ -121,6 +127,8 @@ def read(folder: Path) -> tuple[About, list[Record], list[str]]:
     for number, line in lines[first:]:
         try:
             record = _record(_json(line), about)
+            if first and record["seed"] >= FIRST_FRESH:  # of another tool
+                raise ValueError(f"the seed {record['seed']}: seeds are below {FIRST_FRESH}")
         except ValueError as error:
             if number == lines[-1][0] and first < number - 1 and not _ends(path):
                 notes.append(f"line {number} of {path} was cut short and is left out")
@@ -144,6 +152,7 @@ def _lines(path: Path) -> list[tuple[int, bytes]]:
             f"Expected a comparison with a file {shortened(str(path), 200)} but could not read it: "
             f"{shortened(str(error), 300)}. Give the folder of a comparison."
         ) from error
+    content = content.removeprefix(codecs.BOM_UTF8)  # some editors and shells begin files with it
     lines = [(n, line) for n, line in enumerate(content.split(b"\n"), 1) if line.strip()]
     if not lines:
         raise CompareError(f"Expected runs in {path} but found none. Run the comparison first.")
@@ -164,11 +173,13 @@ def _json(line: bytes) -> Any:
 def _about(folder: Path, path: Path, lines: list[tuple[int, bytes]]) -> tuple[About, int]:
     """From the first line, ``about.json`` or ``comparison.json``; how many lines it takes."""
     where = f"{path} at line {lines[0][0]}"
+    fault = ""
     try:
         try:
             head = _json(lines[0][1])
-        except ValueError:
-            head = None  # it is named with the other lines
+        except ValueError as error:
+            head = None  # with another file that says it, it is named with the other lines
+            fault = f" (line {lines[0][0]} is no JSON in UTF-8: {shortened(str(error), 200)})"
         if isinstance(head, dict) and head.get("kind") == "about":
             return About.read(head), 1
         for name, build in ((FILE, About.read), ("comparison.json", _of_before)):
@@ -183,8 +194,8 @@ def _about(folder: Path, path: Path, lines: list[tuple[int, bytes]]) -> tuple[Ab
         ) from error
     raise CompareError(
         f"Expected {folder / FILE}, or a first line of {path} of the kind `about`, which say "
-        f"which way metrics are better and what the methods are, but found neither. See the format "
-        f"in docs/compare.md."
+        f"which way metrics are better and what the methods are, but found neither{fault}. See the "
+        f"format in docs/compare.md."
     )
 
 
@@ -211,6 +222,8 @@ def _record(record: Any, about: About) -> Record:
             subject = [str(record.get(k)) for k in ("method", "task") if k in record]
             (stem,) = file_names([tuple(subject)]).values()
             record["run"] = f"{stem}-seed{record.get('seed')}"
+        if record.get("error", "") is None:
+            del record["error"]
         bad = _not_finite(record)
         if bad:
             record = {k: v for k, v in record.items() if k != "metrics"}
@@ -219,7 +232,7 @@ def _record(record: Any, about: About) -> Record:
     if fault:
         raise ValueError(fault)
     if record["status"] == "failed":
-        record = {"error": "no reason given", **record}
+        record = {**record, "error": record.get("error") or "no reason given"}
     if record["kind"] == "timing":
         record = {"peak_mb": None, **record}
     known = {SINGLE, *about.methods}

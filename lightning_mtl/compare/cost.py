@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import statistics
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -183,7 +183,7 @@ def timing_fault(record: Mapping[str, Any]) -> str | None:
             return "`models` without a single-task model"
         for part in parts:
             count = part["parameters"]
-            whole = count is None or (isinstance(count, int) and count >= 0)
+            whole = count is None or count == 0 or positive(count, int)
             turns = (part["step_turns_ms"], part["forward_turns_ms"])
             if not whole or not all(map(_numbers, turns)):
                 return "`models` with something else than numbers"
@@ -193,6 +193,15 @@ def timing_fault(record: Mapping[str, Any]) -> str | None:
 
 
 def _numbers(values: Any) -> bool:
-    return isinstance(values, list) and all(
-        isinstance(v, (int, float)) and not isinstance(v, bool) and 0 < v < math.inf for v in values
+    return isinstance(values, list) and all(map(positive, values))
+
+
+def positive(value: Any, kind: type[int] | type[float] = float) -> bool:
+    """Whether a value from a file is a number above 0 that a float can hold; ``int``: a whole one.
+
+    Booleans are none, and neither are integers beyond the range of floats, which JSON may have.
+    """
+    kinds = int if kind is int else (int, float)
+    return (
+        isinstance(value, kinds) and not isinstance(value, bool) and 0 < value <= sys.float_info.max
     )

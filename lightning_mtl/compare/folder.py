@@ -26,7 +26,7 @@ FORMAT = 1
 _LOCK = ".lock"
 _BEYOND = 1 << 20  # the byte that is locked on Windows, where a locked one cannot be read
 _TAKEN = (errno.EACCES, errno.EDEADLK) if sys.platform == "win32" else (errno.EWOULDBLOCK,)
-_locks: set[int] = set()  # open locks of this process
+_locks: dict[int, Path] = {}  # open locks of this process, and their files
 
 
 # ------------------------------------------------------------------------------------- files
@@ -199,7 +199,7 @@ def _lock(folder: Path) -> int:
             f"note: {path} cannot be locked ({os.strerror(error.errno or 0)}), so nothing keeps "
             f"another comparison away from this folder. Start only one."
         )
-    _locks.add(handle)
+    _locks[handle] = path.absolute()
     with suppress(OSError):  # the lock holds without the name of its owner
         os.ftruncate(handle, 0)
         os.lseek(handle, 0, os.SEEK_SET)
@@ -218,16 +218,41 @@ def _owner(handle: int) -> str:
 
 
 def _release(handle: int) -> None:
-    _locks.discard(handle)
+    _locks.pop(handle, None)
     with suppress(OSError):
         os.ftruncate(handle, 0)
     os.close(handle)
 
 
+def check_lock(folder: Path) -> None:
+    """Write no more once the file of our lock is gone: another comparison may have made its own.
+
+    Somebody took it for one that a dead process left behind, or removed the whole folder.
+
+    Raises:
+        OSError: ``folder`` is locked by this process, by a file that is there no more.
+    """
+    path = (folder / _LOCK).absolute()
+    for handle, locked in _locks.items():
+        if locked != path:
+            continue
+        try:
+            there = os.path.samestat(os.fstat(handle), path.stat())
+        except FileNotFoundError:
+            there = False
+        if not there:
+            raise OSError(
+                errno.ENOENT,
+                "the file of the lock was removed while the comparison ran, so another one may "
+                "have begun in this folder, and this one writes nothing more",
+                str(path),
+            )
+
+
 def leave_locks() -> None:
     """In a forked process: close the locks, so that they end with their owner and not with this."""
     while _locks:
-        os.close(_locks.pop())
+        os.close(_locks.popitem()[0])
 
 
 def _same(folder: Path, now: dict[str, Any]) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -161,7 +161,7 @@ class Request:
     def _choose(self, only: str | None) -> list[str]:
         if only is None:
             return list(self.methods)
-        wanted = [name.strip() for name in only.split(",")]
+        wanted = _listed(only, self.methods)
         unknown = [name for name in wanted if name not in self.methods]
         if unknown:
             raise CompareError(
@@ -265,6 +265,21 @@ def rival_faults(rehearsal: Rehearsal) -> dict[str, str]:
         found.setdefault(DECAY, f"{names} has no weight decay")
     if not rehearsal.limited:
         found[TIME] = "neither epochs nor steps limit the training"
+    return found
+
+
+def _listed(text: str, known: Collection[str]) -> list[str]:
+    """The names in a list with commas, also where a name has commas or spaces at its ends."""
+    parts = text.split(",")
+    found = []
+    while parts:
+        for size in range(len(parts), 0, -1):
+            whole = ",".join(parts[:size])
+            name = whole if whole in known else whole.strip()
+            if name in known or size == 1:
+                found.append(name)
+                del parts[:size]
+                break
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import math
 import re
@@ -10,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from lightning_mtl.compare import CompareError
-from lightning_mtl.compare.cost import timing_fault
-from lightning_mtl.compare.folder import append, as_bytes, flatten, write
+from lightning_mtl.compare.cost import positive, timing_fault
+from lightning_mtl.compare.folder import append, as_bytes, check_lock, flatten, write
 from lightning_mtl.compare.grid import Run
 from lightning_mtl.compare.texts import shortened
 
@@ -39,7 +40,9 @@ class Results:
         self.records: dict[Run, dict[str, Any]] = {}
         self.notes: list[str] = []
         before = self.path.read_bytes() if self.path.exists() else b""
-        *lines, rest = before.split(b"\n")  # str.splitlines would also split at letters in texts
+        # An editor may have put a byte order mark before it; str.splitlines would also split at
+        # letters in texts.
+        *lines, rest = before.removeprefix(codecs.BOM_UTF8).split(b"\n")
         for number, line in enumerate(lines, 1):
             if line.strip():
                 self._keep(self._record(line, number), number)
@@ -86,8 +89,10 @@ class Results:
         """Add a run, on the disk when this returns. Curves get their own file.
 
         Raises:
-            OSError: it could not be written; everything before is as it was.
+            OSError: it could not be written; everything before is as it was. Or the folder may
+                belong to another comparison by now.
         """
+        check_lock(self.path.parent)
         if "curves" in record:
             points = record.pop("curves")
             write(self._curves(record), "".join(_line(point) for point in points))
@@ -138,6 +143,15 @@ def record_fault(record: Any, directions: Mapping[str, Mapping[str, bool]]) -> s
     wrong = [name for name, types in needed.items() if not isinstance(record.get(name), types)]
     if wrong or not isinstance(record.get("task", ""), str):
         return f"no usable {' or '.join(wrong or ['task'])}"
+    seed, steps, seconds = record["seed"], record.get("steps"), record.get("seconds")
+    if isinstance(seed, bool) or seed < 0:
+        return f"the seed {seed!r} instead of a whole number, 0 or above"
+    if steps is not None and not positive(steps, int):
+        return f"`steps` {steps!r} instead of a whole number above 0"
+    if status == "finished" and seconds != 0 and not positive(seconds):
+        return f"`seconds` {seconds!r} instead of a number, 0 or above"
+    if not isinstance(record.get("error", ""), str):
+        return "an `error` that is no text"
     tried = "trial" in record
     if tried and (not isinstance(record["trial"], int) or "settings" not in record):
         return "a `trial` that is no number, or has no `settings`"
@@ -158,7 +172,8 @@ def record_fault(record: Any, directions: Mapping[str, Mapping[str, bool]]) -> s
 
 def _finite(value: Any) -> bool:
     try:
-        return isinstance(value, (int, float)) and math.isfinite(value)
+        numbers = isinstance(value, (int, float)) and not isinstance(value, bool)
+        return numbers and math.isfinite(value)
     except OverflowError:  # an integer too long for a float
         return False
 

@@ -117,20 +117,46 @@ def _check_config(job: Job) -> None:
 
 
 def end_with_parent() -> None:
-    """End when the command does, however it ends.
+    """End when the command does, however it ends, and let what is forked here end with this.
 
-    On Linux the system sees to it, whatever this process is doing. Elsewhere a thread does, which
+    On Linux the system sees to it, whatever a process is doing: also to workers of a data loader,
+    who look for their parent only between batches. Elsewhere a thread sees to this process, which
     has to wait while code in C holds the interpreter's lock.
     """
     parent = parent_process()
     if parent is None:
         return
     if sys.platform == "linux":
-        prctl = ctypes.CDLL(None, use_errno=True).prctl
-        prctl(_PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL), *[ctypes.c_ulong(0)] * 3)
-        if os.getppid() != parent.pid:  # it had ended before it could be asked for
-            os._exit(1)
+        _end_with(parent.pid)
+        _let_children_end_with(os.getpid())
     threading.Thread(target=_wait_for, args=(parent.sentinel,), daemon=True).start()
+
+
+def _end_with(parent: int | None) -> None:
+    """Have the system kill this process when its parent ends."""
+    prctl = ctypes.CDLL(None, use_errno=True).prctl
+    prctl(_PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL), *[ctypes.c_ulong(0)] * 3)
+    if os.getppid() != parent:  # it had ended before it could be asked for
+        os._exit(1)
+
+
+def _let_children_end_with(process: int) -> None:
+    """Do the same in what ``process`` forks from its main thread.
+
+    Not in what other threads fork: the system counts the thread as the parent, and it may end
+    before. Not in a child's children: a daemon outlives the child that forked it on purpose.
+    """
+    from_main = False
+
+    def before() -> None:
+        nonlocal from_main
+        from_main = threading.current_thread() is threading.main_thread()
+
+    def in_child() -> None:
+        if from_main and os.getppid() == process:
+            _end_with(process)
+
+    os.register_at_fork(before=before, after_in_child=in_child)
 
 
 def _wait_for(sentinel: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,6 +54,8 @@ class Seen:
             )
 
 
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
 # Modules whose losses take gradients themselves, which needs a graph also where we need none.
 _need_graph: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
@@ -85,6 +87,59 @@ def remember(module: TaskModule, batch: Any, batch_idx: int, balancer: str) -> S
     if module.device.type == "cuda":
         states.append(torch.cuda.get_rng_state(module.device))
     return Seen(copied(batch), batch_idx, states, balancer, versions(batch))
+
+
+class Changes:
+    """Tells once of parameters that ``task_losses`` changes, where it is called more than once.
+
+    A teacher's moving average, say: it would move more than once a step. Looked for in the first
+    micro-batches of a fit, bit by bit, since changes through ``.data`` count no version; in more
+    than one, since a teacher that equals its pupil does not move yet.
+
+    Args:
+        module: whose losses are asked for again.
+        balancer: name of the one that asks; empty for none.
+    """
+
+    def __init__(self, module: TaskModule, balancer: str) -> None:
+        self.module = module
+        self.balancer = balancer
+        self.left = 3 if balancer else 0
+
+    @contextmanager
+    def looked_for(self) -> Iterator[None]:
+        """Look at the parameters before and after the block."""
+        if not self.left:
+            yield
+            return
+        self.left -= 1
+        before = self._bits()
+        yield
+        after = self._bits()
+        moved = [name for name, bits in before.items() if after.get(name, bits) != bits]
+        if moved:
+            self.left = 0
+            rank_zero_warn(
+                f"`task_losses` of {type(self.module).__name__} changes {moved[:4]}, and "
+                f"{self.balancer} calls it more than once a step: the change is made as often. "
+                f"Make it in `on_train_batch_end`. What gives the same when it is made twice, such "
+                f"as a bound on a norm, may stay."
+            )
+
+    def _bits(self) -> dict[str, int]:
+        """A checksum of every parameter, exact whatever its size."""
+        found = {}
+        for name, parameter in self.module.named_parameters():
+            if isinstance(parameter, nn.parameter.UninitializedParameter):
+                continue
+            here = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+            numbers = here.detach()
+            if numbers.is_complex():
+                numbers = torch.view_as_real(numbers)
+            with suppress(RuntimeError, NotImplementedError):  # of a kind that has no plain bits
+                bits = numbers.view(_INTEGERS[numbers.itemsize])
+                found[name] = bits.sum(dtype=torch.int64)
+        return {name: int(total) for name, total in found.items()}
 
 
 def losses_again(

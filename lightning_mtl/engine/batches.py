@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import sys
 import weakref
 from collections.abc import Mapping
 from typing import Any
@@ -15,10 +16,11 @@ from lightning_mtl.contract import TaskModule
 _told: weakref.WeakKeyDictionary[Any, set[str]] = weakref.WeakKeyDictionary()
 
 
-def described(value: Any, depth: int = 0) -> str:
-    """A batch in a few words."""
+def described(value: Any, depth: int = 0, *, dtype: bool = False) -> str:
+    """A batch, or a part of one, in a few words; with the dtype of a tensor if wanted."""
     if isinstance(value, Tensor):
-        return f"a tensor of shape {tuple(value.shape)}"
+        kind = f" and {value.dtype}" if dtype else ""
+        return f"a tensor of shape {tuple(value.shape)}{kind}"
     if isinstance(value, Mapping):
         return f"a dict with the keys {list(value)[:8]}"
     if isinstance(value, (list, tuple)) and depth == 0:
@@ -26,6 +28,35 @@ def described(value: Any, depth: int = 0) -> str:
         more = f" and {len(value) - 4} more" if len(value) > 4 else ""
         return f"a {type(value).__name__} of {len(value)}: {'; '.join(inside)}{more}"
     return f"a {type(value).__name__}"
+
+
+def say_whose(error: Exception, what: str, task: str, prediction: Any, target: Any) -> None:
+    """Note in an error of the user's loss or metric whose it is and what it was given.
+
+    The error keeps its type and message. Python has notes from 3.11 on.
+    """
+    if sys.version_info >= (3, 11):
+        error.add_note(
+            f"This was {what} of task '{task}'. Its prediction is "
+            f"{described(prediction, dtype=True)}, its target {described(target, dtype=True)}."
+        )
+
+
+def say_none(module: TaskModule, name: str) -> None:
+    """Tell once of a loss function that returned nothing: a ``return`` may be missing."""
+    if _once(module, f"none {name}"):
+        rank_zero_warn(
+            f"The loss of task '{name}' returned None for a batch with targets, which then counts "
+            f"as one without labels of the task. If that is not meant, look for a `return` that "
+            f"is missing."
+        )
+
+
+def _once(module: TaskModule, what: str) -> bool:
+    said = _told.setdefault(module, set())
+    first = what not in said
+    said.add(what)
+    return first
 
 
 def target_keys(module: TaskModule) -> dict[str, str]:
@@ -56,9 +87,7 @@ def check_keys(module: TaskModule, name: str, targets: Mapping[str, Any]) -> Non
         )
     by_lower = {other.lower(): other for other in unused}
     near = difflib.get_close_matches(key.lower(), by_lower, 1)
-    said = _told.setdefault(module, set())
-    if near and name not in said:
-        said.add(name)
+    if near and _once(module, f"target {name}"):
         found = by_lower[near[0]]
         rank_zero_warn(
             f"A batch has no target '{key}' for task '{name}', which is then left out, but it has "

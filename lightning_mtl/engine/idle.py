@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
@@ -134,6 +135,14 @@ def run_or_leave_out(form: Form, losses: TaskLosses, *, stepping: bool) -> Tenso
     """
     try:
         return form.run(losses, stepping=stepping)
+    except RuntimeError as error:
+        if sys.version_info >= (3, 11) and "backward through the graph a second" in str(error):
+            error.add_note(
+                "The graph of a loss had been used before. Look for `.backward()` in "
+                "`task_losses`, which returns losses only, and for tensors that are kept from an "
+                "earlier batch: `.detach()` those."
+            )
+        raise
     except NotFiniteError:
         setting = form.setting
         balancers = [b for b in (setting.loss_balancer, setting.gradient_balancer) if b]

@@ -23,7 +23,11 @@ def check_task_names(names: Sequence[str]) -> tuple[str, ...]:
     """Task names as a tuple; refuses duplicates, empty lists and names that cannot be logged."""
     listed = isinstance(names, Iterable) and not isinstance(names, str)
     if not listed or not all(isinstance(n, str) for n in names):
-        raise TypeError(f"Expected task names as a list of strings but got {names!r}.")
+        found = [type(n).__name__ for n in names] if listed else names
+        raise TypeError(
+            f"Expected task names as a list of strings but got {found!r}. Give every task its "
+            f"name: {{'a': Task(...), 'b': Task(...)}}, or ['a', 'b'] beside `task_losses`."
+        )
     names = tuple(names)
     if not names:
         raise ValueError("Expected at least one task but got none. Pass `tasks={name: Task(...)}`.")

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lightning_mtl.balancer import at_least_float32
 from lightning_mtl.contract import Loop, TaskModule
-from lightning_mtl.engine.again import Reached, losses_again, remember
+from lightning_mtl.engine.again import Changes, Reached, losses_again, remember
 from lightning_mtl.engine.closure import Closure, without_autocast
 from lightning_mtl.engine.forms.choose import choose, kinds
 from lightning_mtl.engine.forms.form import Form
@@ -67,6 +67,7 @@ class Flow:
         if balancer and (balancer.perturbs or balancer.products):
             asking.append(balancer)
         self._asker = type(asking[0]).__name__ if asking else ""  # who needs a batch once more
+        self._changes = Changes(module, self._asker)
         self._representation: list[Tensor] = []
         self.closure: Closure | None = None  # that runs a forward pass again
         self.first_step = True
@@ -117,7 +118,7 @@ class Flow:
         self._ask(batch_idx)
         seen = remember(self.module, batch, batch_idx, self._asker) if self._asker else None
         self._representation = []  # a new list: the one before belongs to its step
-        with self._discovery():
+        with self._discovery(), self._changes.looked_for():
             losses = self.read_losses(batch, batch_idx)
         # The forward pass ran under autocast; from here on the arithmetic is exact.
         with without_autocast(self.module.device.type):

@@ -85,6 +85,7 @@ def load_baseline(
 
     Raises:
         FileNotFoundError: no such file.
+        TypeError: neither a dict nor a path.
         ValueError: not JSON, of another format, or not a baseline.
 
     Example:
@@ -96,6 +97,11 @@ def load_baseline(
         content: Any = source
         origin = "the baseline"
         has_format = isinstance(source.get("format"), (int, str))  # else a task of that name
+    elif not isinstance(source, str | Path):
+        raise TypeError(
+            f"Expected a baseline {{task: {{metric: value}}}}, or the path of a `baseline.json`, "
+            f"but got {type(source).__name__}. Give each value the names of its task and metric."
+        )
     else:
         content = _read(Path(source))
         origin = f"the baseline file {source}"

@@ -12,11 +12,21 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 from lightning_mtl.contract import TaskModule
-from lightning_mtl.engine.batches import check_keys, described, target_keys
+from lightning_mtl.engine.batches import check_keys, described, say_none, say_whose, target_keys
 from lightning_mtl.engine.losses import _with_count, as_count, known_tasks
 from lightning_mtl.metrics.delta_p import _check_names, delta_p, load_baseline
 from lightning_mtl.task import STAGES
-from lightning_mtl.trainer.joined import Means, agreed, alone, compute, log, means, of_all, state_of
+from lightning_mtl.trainer.joined import (
+    Means,
+    agreed,
+    alone,
+    compute,
+    log,
+    means,
+    of_all,
+    state_of,
+    widen,
+)
 from lightning_mtl.trainer.samples import samples, samples_of_batch
 
 
@@ -30,7 +40,7 @@ class Evaluation:
 
     def __init__(
         self,
-        baseline: Mapping[str, Mapping[str, float]] | str | Path | None,
+        baseline: Mapping[str, Mapping[str, Any]] | str | Path | None,
         delta_p_metrics: Mapping[str, Mapping[str, bool]] | None,
     ) -> None:
         self.baseline = None if baseline is None else load_baseline(baseline)[0]
@@ -54,9 +64,11 @@ class Evaluation:
     @staticmethod
     def _losses(module: TaskModule, predictions: Any, targets: Mapping[str, Any]) -> dict[str, Any]:
         if not isinstance(predictions, Mapping):
+            example = ", ".join(f"{name!r}: ..." for name in module.training_tasks)
             raise TypeError(
                 f"Expected `forward` to return a dict {{task: prediction}} but got "
-                f"{type(predictions).__name__}."
+                f"{described(predictions)}. Give every prediction its name: "
+                f"`return {{{example}}}`."
             )
         losses: dict[str, Any] = {}
         for name in module.training_tasks:
@@ -73,7 +85,14 @@ class Evaluation:
             count = None if task.count is None else task.count(target)
             if as_count(count) == 0:
                 continue
-            loss = task.loss(predictions[name], target)
+            try:
+                loss = task.loss(predictions[name], target)
+            except Exception as error:
+                say_whose(error, "the loss", name, predictions[name], target)
+                raise
+            if loss is None:
+                say_none(module, name)
+                continue
             losses[name] = loss if count is None else (loss, count)
         return losses
 
@@ -123,10 +142,16 @@ class Evaluation:
                 where = f"the target of task '{name}'"
                 count = samples(target, inputs, where, "Give the task `Task(count=...)`.")
             self._means.add(name, loss, count)
+            if name not in self._measured:
+                widen(task.stage(stage).values())
             self._measured.add(name)
             prediction = apply_to_collection(predictions[name], Tensor, Tensor.detach)
-            for metric in task.stage(stage).values():
-                metric.update(prediction, target)
+            for key, metric in task.stage(stage).items():
+                try:
+                    metric.update(prediction, target)
+                except Exception as error:
+                    say_whose(error, f"the metric `{key}`", name, prediction, target)
+                    raise
 
     def _with_gradients(self, measure: Callable[[Any], Any], batch: Any) -> Any:
         """Measure without gradients, as Lightning evaluates; with them if a loss takes some."""
@@ -317,7 +342,8 @@ def metric_key(task: str, name: str) -> str:
 def _split(module: TaskModule, batch: Any) -> tuple[Any, Mapping[str, Any]]:
     if not module.tasks:
         raise NotImplementedError(
-            f"{type(module).__name__} declares no tasks and does not override `task_losses`. Pass "
+            f"{type(module).__name__} has no losses: it declares no tasks with theirs and does not "
+            f"override `task_losses`. Pass "
             f"`tasks={{name: Task(loss, metrics)}}` to `super().__init__`, or override "
             f"`task_losses(self, batch, batch_idx)` to return {{task: loss}}."
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -86,6 +86,27 @@ def means(found: Sequence[Mapping[str, tuple[float, float]]]) -> dict[str, float
             before = joined.get(name, (0.0, 0.0))
             joined[name] = (before[0] + total, before[1] + count)
     return {name: total / count for name, (total, count) in joined.items()}
+
+
+def widen(metrics: Iterable[Any]) -> None:
+    """Keep the sums of metrics in float32 or wider, whatever the module was cast to.
+
+    With ``precision="bf16-true"`` Lightning casts them with the module: a sum of ones then ends
+    at 256, where bfloat16 has no next number. Before the first update of an evaluation.
+    """
+    for metric in metrics:
+        for part in metric.modules():
+            for name, default in getattr(part, "_defaults", {}).items():
+                if isinstance(default, Tensor) and _narrow(default):
+                    with torch.inference_mode(False):
+                        part._defaults[name] = default.float()
+                value = getattr(part, name)
+                if isinstance(value, Tensor) and _narrow(value):
+                    setattr(part, name, value.float())
+
+
+def _narrow(value: Tensor) -> bool:
+    return value.is_floating_point() and value.itemsize < 4
 
 
 def state_of(metric: Metric) -> State:

@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import BackboneFinetuning, BatchSizeFinder, LearningRateFinder
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_mtl.balancer import Balancer, GradientBalancer, Perturbing
 from lightning_mtl.contract import PACKAGES, TaskModule, base_of
@@ -61,13 +62,15 @@ def check_trainer(trainer: Trainer, module: TaskModule, callbacks: Sequence[Call
         )
     balanced = any(hasattr(c, "needs_jacobian") or hasattr(c, "loss_weights") for c in callbacks)
     for callback in callbacks:
-        if isinstance(callback, type):
+        if isinstance(callback, type) or not hasattr(callback, "on_exception"):
             # Lightning would call its `on_exception` because of this error, and tell of that only.
             attached = trainer.callbacks  # type: ignore[attr-defined] # set by a connector
-            trainer.callbacks = [c for c in attached if not isinstance(c, type)]  # type: ignore[attr-defined]
+            trainer.callbacks = [c for c in attached if isinstance(c, Callback)]  # type: ignore[attr-defined]
+            found, made = repr(callback), "MinNorm"
+            if isinstance(callback, type):
+                found, made = f"the class {callback.__name__}", callback.__name__
             raise MisconfigurationException(
-                f"Expected callbacks as objects but found the class {callback.__name__}. Write "
-                f"`callbacks=[{callback.__name__}()]`."
+                f"Expected callbacks as objects but found {found}. Write `callbacks=[{made}()]`."
             )
         if not isinstance(callback, Callback):
             raise MisconfigurationException(
@@ -83,6 +86,20 @@ def check_trainer(trainer: Trainer, module: TaskModule, callbacks: Sequence[Call
                     f"{type(callback).__name__} is not supported with {name}: {cure}."
                 )
     _check_strategy(trainer)
+    _tell_of_held_balancers(module, callbacks)
+
+
+def _tell_of_held_balancers(module: TaskModule, callbacks: Sequence[Callback]) -> None:
+    """A balancer in an attribute looks attached and does nothing."""
+    balancers = [c for c in callbacks if isinstance(c, Balancer)]
+    known = {id(b) for c in balancers for b in (c, *_inside(c))}
+    for name, value in vars(module).items():
+        if isinstance(value, Balancer) and id(value) not in known:
+            rank_zero_warn(
+                f"{type(module).__name__} holds {type(value).__name__} in `{name}`, but balancers "
+                f"are callbacks and this one takes no part. Write `Trainer(callbacks=[...])`, or "
+                f"return [self.{name}] from `configure_callbacks`."
+            )
 
 
 def _check_strategy(trainer: Trainer) -> None:
@@ -139,7 +156,16 @@ def explain_folder(trainer: Trainer, exception: BaseException) -> None:
 
 
 def check_optimizers(trainer: Trainer, module: TaskModule) -> None:
-    """Refuse an optimizer that evaluates the loss several times a step beside balancers."""
+    """Refuse no optimizer, and one that evaluates the loss several times a step beside balancers.
+
+    What returns ``None`` on purpose has a mock in its place, of which Lightning tells.
+    """
+    if not trainer.optimizers:
+        raise MisconfigurationException(
+            f"Expected {type(module).__name__} to be trained but no optimizer of "
+            f"`configure_optimizers` holds a trainable parameter. Return one, "
+            f"`SGD(self.parameters(), ...)`, instead of an empty list."
+        )
     if module._flow is None or not module._flow.balancers:
         return
     for optimizer in trainer.optimizers:

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from torchmetrics import MeanSquaredError
 from torchmetrics.classification import MulticlassAccuracy
 
@@ -53,6 +53,17 @@ class TwoTasks(MultiTaskModule):
 
     def predict_step(self, batch: list) -> dict[str, Tensor]:
         return self(batch[0])
+
+
+def plain_loss(prediction, target):  # type: ignore[no-untyped-def] # as most people write it
+    return (prediction - target).abs().mean()
+
+
+class Given(MultiTaskModule):
+    """Tasks and baseline as they are given."""
+
+    def __init__(self, tasks: dict[str, Task], **kwargs) -> None:  # type: ignore[no-untyped-def]
+        super().__init__(tasks, **kwargs)
 
 
 class Points(LightningDataModule):
@@ -184,6 +195,29 @@ class Killed(GradientBalancer):
         raise AssertionError
 
 
+class StuckLoading(Points):
+    """Once a comparison has begun, a worker of its loader hangs in C code, and writes who it is."""
+
+    def __init__(self, size: int = 24) -> None:
+        super().__init__(size)
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(_StuckPoints(self.parts[0]), self.batch_size, num_workers=1)
+
+
+class _StuckPoints(Dataset):
+    def __init__(self, points: list) -> None:
+        self.points = points
+
+    def __len__(self) -> int:
+        return len(self.points)
+
+    def __getitem__(self, index: int) -> object:
+        if Path("out/comparison.json").exists():
+            hang()
+        return self.points[index]
+
+
 class Picky(GradientBalancer):
     """Takes a number only."""
 
@@ -194,13 +228,17 @@ class Picky(GradientBalancer):
         self.rate = rate
 
 
+def hang() -> None:
+    """Call C code that never returns and never lets another thread run; write down who it is."""
+    Path("stuck.pid").write_text(str(os.getpid()))
+    ctypes.PyDLL(None).sleep(100_000)
+
+
 class Stuck(GradientBalancer):
     """Calls C code that never returns and never lets another thread run; writes down who it is."""
 
     def weights(self, gramian: Tensor, losses: Tensor) -> Tensor:
-        Path("stuck.pid").write_text(str(os.getpid()))
-        ctypes.PyDLL(None).sleep(100_000)
-        raise AssertionError
+        raise AssertionError(hang())
 
 
 class Wordy(GradientBalancer):

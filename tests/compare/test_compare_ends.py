@@ -16,6 +16,7 @@ import pytest
 from lightning_mtl.cli import main
 from tests.common.places import ROOT
 from tests.compare.compare_runs import (
+    CONFIG,
     MODEL,
     files,
     finished,
@@ -47,9 +48,9 @@ def program(
     )
 
 
-def reached(folder: Path):
+def reached(folder: Path, options: list[str] | None = None):
     """Start a comparison and wait until its last training hangs in C code."""
-    process = start(folder, files(folder, STUCK))
+    process = start(folder, options or files(folder, STUCK))
     pid = folder / "stuck.pid"
     until(lambda: pid.exists() and pid.read_text(), "the run that hangs")
     return process, int(pid.read_text())
@@ -82,6 +83,16 @@ def test_a_worker_in_c_code_does_not_outlive_the_command(tmp_path: Path):
     assert finished(process) == -signal.SIGKILL
     until(lambda: gone(worker), "the end of the worker")
     assert len(records(tmp_path)) == 3
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGHUP])
+def test_nor_do_workers_of_its_data_loader(tmp_path: Path, how: signal.Signals):
+    """The run is killed, and can tell them nothing; they look for it only between batches."""
+    data = {"class_path": MODEL + "StuckLoading"}
+    process, loader = reached(tmp_path, files(tmp_path, {"equal": []}, {**CONFIG, "data": data}))
+    kill(process, how)
+    assert finished(process) == (143 if how == signal.SIGTERM else -how)
+    until(lambda: gone(loader), "the end of the loader's worker")
 
 
 def test_a_second_start_is_refused_and_a_dead_owner_keeps_nothing(tmp_path: Path):

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 import resource
+import shutil
 import signal
 from pathlib import Path
 
 import pytest
 
 from lightning_mtl.compare import CompareError
-from lightning_mtl.compare.folder import append, claimed, write
+from lightning_mtl.compare.folder import append, claimed, owned, write
 from lightning_mtl.compare.grid import Run, file_names, plan
 from lightning_mtl.compare.results import Results
 
@@ -98,6 +100,16 @@ def test_only_the_end_of_the_last_line_is_missing(full: Path):
     assert path.read_bytes() == whole
 
 
+def test_a_byte_order_mark_costs_nothing(full: Path):
+    path = full / "results.jsonl"
+    whole = path.read_bytes()
+    path.write_bytes(codecs.BOM_UTF8 + whole)
+    results = Results(full, DIRECTIONS)
+    assert list(results.records) == RUNS
+    assert not results.notes
+    assert path.read_bytes() == whole
+
+
 def test_blank_lines_and_repeated_records_cost_nothing(full: Path):
     path = full / "results.jsonl"
     lines = path.read_bytes().splitlines(keepends=True)
@@ -122,6 +134,17 @@ def test_blank_lines_and_repeated_records_cost_nothing(full: Path):
         (json.dumps(record(RUNS[0], float("nan"))).encode(), "größe.acc nan instead of a finite"),
         (json.dumps(record(RUNS[0], 10**400)).encode(), "instead of a finite number"),
         (b'{"status": "finished", "kind": "train"}', "no usable run or method or seed"),
+        (json.dumps({**record(RUNS[0]), "seed": True}).encode(), "the seed True"),
+        (json.dumps({**record(RUNS[0]), "seed": -1}).encode(), "the seed -1"),
+        (json.dumps({**record(RUNS[0]), "steps": 0}).encode(), "`steps` 0"),
+        (json.dumps({**record(RUNS[0]), "steps": True}).encode(), "`steps` True"),
+        (json.dumps({**record(RUNS[0]), "steps": 10**400}).encode(), "`steps` 1000"),
+        (json.dumps({**record(RUNS[0]), "seconds": float("nan")}).encode(), "`seconds` nan"),
+        (json.dumps(record(RUNS[0], True)).encode(), "größe.acc True instead of a finite"),
+        (
+            json.dumps({**record(RUNS[0]), "status": "failed", "error": ["x"]}).encode(),
+            "an `error` that is no text",
+        ),
     ],
 )
 def test_a_broken_line_is_refused_by_its_number(full: Path, line: bytes, message: str):
@@ -220,6 +243,24 @@ def test_the_lock_goes_with_the_block(tmp_path: Path):
             "curves",
             "logs",
         ]
+
+
+@pytest.mark.parametrize("gone", [".lock", "."])
+def test_nothing_is_written_once_the_lock_is_gone(tmp_path: Path, gone: str):
+    """Whoever removed it, or the folder with it, may have started another comparison there."""
+    folder = tmp_path / "out"
+    with claimed(folder, {"a": 1}):
+        results = Results(folder, DIRECTIONS)
+        results.append(RUNS[0], record(RUNS[0]))
+        if gone == ".":
+            shutil.rmtree(folder)
+        else:
+            (folder / gone).unlink()
+        with pytest.raises(OSError, match=r"lock was removed .* writes nothing more"):
+            results.append(RUNS[1], record(RUNS[1]))
+        with owned(folder), pytest.raises(OSError, match=r"lock was removed .* nothing more"):
+            results.append(RUNS[1], record(RUNS[1]))
+        assert list(Results(folder, DIRECTIONS).records) == ([] if gone == "." else RUNS[:1])
 
 
 @pytest.mark.parametrize(

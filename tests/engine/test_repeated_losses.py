@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import re
 import sys
@@ -345,3 +346,39 @@ def test_losses_in_training_mode_only_name_the_cure(given: str) -> None:
     words = [str(w.message) for w in seen or ()] + getattr(found.value, "__notes__", [])
     assert "use `SAMO(local='gradient')`" in " ".join([str(found.value), *words])
     trainer(max_steps=1, callbacks=[SAMO(local="gradient")]).fit(Detector(), loader(8))
+
+
+# ------------------------------------------------------------------------- changed parameters
+
+
+class Teacher(Balanced):
+    """Moves a copy of its weights after them, in one of the ways that people write."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way = way
+        self.teacher = copy.deepcopy(self.net).requires_grad_(False)
+
+    def task_losses(self, batch: Any, batch_idx: int) -> Any:
+        for own, other in zip(self.teacher.parameters(), self.net.parameters(), strict=True):
+            if self.way == "in place":
+                own.lerp_(other.detach(), 0.1)
+            elif self.way == ".data":
+                own.data.mul_(0.9).add_(other.data, alpha=0.1)
+            elif self.way == "another .data":
+                own.data = own.data * 0.9 + other.data * 0.1
+        return super().task_losses(batch, batch_idx)
+
+
+@pytest.mark.parametrize("balancer", [FAMO, SAMO])
+@pytest.mark.parametrize("way", ["in place", ".data", "another .data"])
+def test_a_teacher_that_moves_in_task_losses_is_told(way: str, balancer: Any) -> None:
+    message = rf"changes \['teacher.trunk.0.weight', .*\], and {balancer.__name__} calls it more"
+    with pytest.warns(UserWarning, match=message) as told:
+        trainer(callbacks=[balancer()]).fit(Teacher(way), loader(32))
+    assert sum("calls it more" in str(one.message) for one in told) == 1
+
+
+@pytest.mark.parametrize(("way", "callbacks"), [("in place", [MinNorm()]), ("not", [FAMO()])])
+def test_who_is_not_told_of_a_teacher(way: str, callbacks: Any) -> None:
+    trainer(callbacks=callbacks).fit(Teacher(way), loader(32))

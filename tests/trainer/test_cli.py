@@ -14,6 +14,7 @@ import yaml
 from lightning.pytorch import Trainer
 
 from lightning_mtl.cli import main
+from lightning_mtl.parsing import MultiTaskCLI
 from tests.common.places import ROOT
 from tests.compare.compare_model import Points, TwoTasks
 
@@ -135,6 +136,32 @@ def test_a_class_that_does_not_fit(here: Path, capsys: pytest.CaptureFixture, op
     assert option in message
     assert value.split(".")[-1] in message
     assert checkpoint(here)["global_step"] == 8
+
+
+def test_losses_and_baselines_of_every_form(here: Path):
+    """A function without annotations by its path; a baseline whose values have directions."""
+    losses = ["torch.nn.MSELoss", "torch.nn.functional.mse_loss", "my_model.plain_loss"]
+    tasks = {
+        str(i): {"class_path": "lightning_mtl.Task", "init_args": {"loss": f}}
+        for i, f in enumerate(losses)
+    }
+    for task in tasks.values():
+        task["init_args"]["metrics"] = {"class_path": "torchmetrics.MeanSquaredError"}
+    value = {"MeanSquaredError": {"value": 0.5, "higher_is_better": False}}
+    given = {"tasks": tasks, "baseline": dict.fromkeys(tasks, value)}
+    model = {"class_path": "my_model.Given", "init_args": given}
+    Path("forms.yaml").write_text(yaml.safe_dump({**CONFIG, "model": model}))
+    cli = MultiTaskCLI(["--config", "forms.yaml"], run=False, save_config_callback=None)
+    assert [type(t.loss).__name__ for t in cli.model.tasks.values()] == [
+        "MSELoss",
+        "function",
+        "function",
+    ]
+    assert cli.model.tasks["2"].loss(torch.zeros(1), torch.ones(1)) == 1
+    printed = cli.parser.dump(cli.config)
+    Path("printed.yaml").write_text(printed)
+    again = MultiTaskCLI(["--config", "printed.yaml"], run=False, save_config_callback=None)
+    assert again.parser.dump(again.config) == printed
 
 
 def test_help_names_every_command(capsys: pytest.CaptureFixture):

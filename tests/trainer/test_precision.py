@@ -11,8 +11,10 @@ import pytest
 import torch
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from torchmetrics import MeanAbsoluteError, MeanSquaredError, MinMaxMetric
 
-from lightning_mtl import DualBalance, GradientMonitor, LogLoss, MinNorm
+from lightning_mtl import DualBalance, GradientMonitor, LogLoss, MinNorm, MultiTaskModule, Task
 from tests.common.models import Balanced, Plain, Sum, loader, trainer, weights
 
 pytestmark = pytest.mark.filterwarnings(
@@ -179,3 +181,37 @@ def test_compiled_and_checkpointed_trunks(change: Any, make: Any) -> None:
     module = change(Balanced())
     trainer(callbacks=make()).fit(module, loader(40))
     torch.testing.assert_close(weights(module), weights(expected), rtol=1e-5, atol=1e-6)
+
+
+class Measured(MultiTaskModule):
+    """Predicts what it is given."""
+
+    def __init__(self) -> None:
+        wrapped = MinMaxMetric(MeanAbsoluteError())
+        metrics = {"squares": MeanSquaredError(), "wrapped": wrapped}
+        super().__init__({t: Task(nn.MSELoss(), metrics) for t in ("a", "b")})
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"a": x * self.scale, "b": x * self.scale}
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), 0.0)
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
+def test_metrics_of_more_samples_than_bfloat16_can_count(precision: str) -> None:
+    """After 512 samples the sum of squares is 512; bfloat16 has nothing between that and 516."""
+    one, zero = torch.ones(1), torch.zeros(1)
+    samples = [(one, {"a": zero, "b": zero})] * 612
+    batches = [list(range(512)), *([i] for i in range(512, 612))]
+    data = DataLoader(samples, batch_sampler=batches)
+    module = Measured()
+    run = trainer(precision=precision, limit_train_batches=1)
+    for evaluate in (run.validate, run.fit, run.validate):
+        given = [data, data] if evaluate == run.fit else [data]
+        evaluate(module, *given)
+        for task in ("a", "b"):
+            assert run.callback_metrics[f"val/{task}/squares"] == 1
+            assert run.callback_metrics[f"val/{task}/wrapped/raw"] == 1
+            assert run.callback_metrics[f"val/loss/{task}"] == 1
