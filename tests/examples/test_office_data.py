@@ -185,19 +185,20 @@ def test_every_training_batch_has_images_of_every_domain(root):
             assert y[domain].dtype == torch.int64
 
 
-def test_evaluation_sees_every_image_once_in_its_order(root):
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_evaluation_sees_every_image_once_in_its_order(root, split):
     data = module(root)
     data.setup()
     seen = {domain: [] for domain in DOMAINS}
     last = {}
-    for x, y in batches(data, data.test_dataloader()):
+    for x, y in batches(data, getattr(data, f"{split}_dataloader")()):
         last = x
         for domain, labels in y.items():
             assert len(labels) == len(x[domain])
             seen[domain] += labels.tolist()
     assert list(last) == ["plain"]  # the others are over
     for domain in DOMAINS:
-        assert seen[domain] == [int(line.split()[1]) for line in lines(root, domain, "test")]
+        assert seen[domain] == [int(line.split()[1]) for line in lines(root, domain, split)]
 
 
 def test_images_are_normalised_as_imagenet(root):
