@@ -27,8 +27,8 @@ class OfficeDataModule(LightningDataModule):
     ``(N, 3, size, size)``, normalised with ImageNet's mean and deviation. In training every one has
     images of all domains that train, so an epoch is as long as the largest domain and smaller ones
     start again within it, as published; validation and test see every image once, so later batches
-    have fewer domains. Single-task runs load their own domain alone, and their epochs are as long
-    as that.
+    have fewer domains. Single-task runs load their own domain alone, for as many steps an epoch as
+    with all of them.
 
     Args:
         root: the folder of the domains' folders.
@@ -80,7 +80,7 @@ class OfficeDataModule(LightningDataModule):
         self.parts: dict[str, dict[str, DomainImages]] = {}
 
     def setup(self, stage: str = "fit") -> None:
-        """Check all files of the domains that train, once."""
+        """Check all files, once."""
         if self.parts:
             return
         for folder in (self.root, self.splits):
@@ -89,8 +89,7 @@ class OfficeDataModule(LightningDataModule):
                     f"Expected the folder {folder}, of images or split files, but found none. "
                     f"{WHERE}"
                 )
-        wanted = self._wanted()
-        parts = {split: {d: self._images(d, split) for d in wanted} for split in SPLITS}
+        parts = {split: {d: self._images(d, split) for d in self.domains} for split in SPLITS}
         for domain, images in parts["train"].items():
             if len(images) < self.batch_size:
                 raise ValueError(
@@ -108,7 +107,8 @@ class OfficeDataModule(LightningDataModule):
 
     def _images(self, domain: str, split: str) -> DomainImages:
         listing = self.splits / f"{domain}_{split}.txt"
-        return DomainImages(self.root, listing, self.classes, self.size, self.preload)
+        preload = self.preload and domain in self._wanted()
+        return DomainImages(self.root, listing, self.classes, self.size, preload)
 
     def train_dataloader(self) -> CombinedLoader:
         return self._loaders("train", "max_size_cycle", shuffle=True, drop_last=True)
@@ -120,23 +120,27 @@ class OfficeDataModule(LightningDataModule):
         return self._loaders("test", "max_size")
 
     def _loaders(self, split: str, mode: Any, **options: Any) -> CombinedLoader:
-        loaders = {
-            domain: DataLoader(
+        loaders: dict[str, Any] = {}
+        for domain, images in self.parts[split].items():
+            loader = DataLoader(
                 images,
                 self.batch_size,
                 num_workers=self.workers,
                 persistent_workers=self.workers > 0,
                 **options,
             )
-            for domain, images in self.parts[split].items()
-        }
+            # A domain that does not train has numbers instead of images, for as many steps.
+            loaders[domain] = loader if domain in self._wanted() else range(len(loader))
         return CombinedLoader(loaders, mode)
 
     def on_before_batch_transfer(
         self, batch: Mapping[str, Any], dataloader_idx: int
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """``{domain: (images, labels)}`` to inputs and targets, without domains that are over."""
-        there = {domain: pair for domain, pair in batch.items() if pair is not None}
+        """``{domain: (images, labels)}`` to inputs and targets.
+
+        Without domains that are over, whose place is empty, and those that do not train.
+        """
+        there = {domain: pair for domain, pair in batch.items() if isinstance(pair, list)}
         images, labels = ({d: pair[part] for d, pair in there.items()} for part in (0, 1))
         return images, labels
 

@@ -16,6 +16,7 @@ from torchvision.models import ResNet18_Weights
 import lightning_mtl
 from examples import office
 from examples.office.data import OfficeDataModule
+from examples.office.files import DomainImages
 from examples.office.model import Office
 from lightning_mtl import DualBalance
 from tests.common.models import trainer
@@ -137,16 +138,27 @@ def test_accuracy_is_over_all_images_of_a_domain(root, tmp_path):
         assert measured[f"test/{domain}/MulticlassAccuracy"] == pytest.approx(expected)
 
 
-def test_a_single_task_run_loads_its_own_domain_alone(root, tmp_path):
-    found, data = model(), module(root)
+@pytest.mark.parametrize("preload", [False, True])
+def test_a_single_task_run_reads_its_own_images_alone_and_takes_as_many_steps(
+    root, tmp_path, monkeypatch, preload
+):
+    read = set()
+    decode = DomainImages._decode
+
+    def noted(self, path):
+        read.add(path.relative_to(root).parts[0])
+        return decode(self, path)
+
+    monkeypatch.setattr(DomainImages, "_decode", noted)
+    found, data = model(), module(root, preload=preload)
     found.active_tasks = ["sketch"]
     run = trainer(tmp_path, max_epochs=1)
     run.fit(found, datamodule=data)
-    assert run.global_step == 7 // 4  # as long as this domain
-    assert {split: list(parts) for split, parts in data.parts.items()} == {
-        "train": ["sketch"],
-        "val": ["sketch"],
-        "test": ["sketch"],
+    assert run.global_step == 14 // 4  # as with all domains
+    assert read == {"sketch"}
+    assert set(run.test(found, data, verbose=False)[0]) == {
+        "test/loss/sketch",
+        "test/sketch/MulticlassAccuracy",
     }
 
 
