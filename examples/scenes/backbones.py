@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any
 
 import torch.nn.functional as F
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torchvision.models import ResNet50_Weights, resnet50
 from torchvision.models.resnet import BasicBlock, conv1x1
 
-Weights = Literal["imagenet", "random"]
+from examples.pretrained import Weights, pretrained
 
 
 class Backbone(nn.Module):
@@ -51,20 +50,12 @@ def dilated_resnet50(weights: Weights = "random") -> Backbone:
             cannot be had, a warning says so and training starts from random weights.
     """
     dilate = [False, True, True]
-    if weights == "imagenet":
-        try:
-            net = resnet50(
-                weights=ResNet50_Weights.IMAGENET1K_V1, replace_stride_with_dilation=dilate
-            )
-        except OSError as error:  # URLError is one
-            rank_zero_warn(
-                f"Expected ImageNet weights from {ResNet50_Weights.IMAGENET1K_V1.url} or torch's "
-                f"cache but found neither ({error}). This model starts from RANDOM weights: its "
-                f"results are not those of the paper's setting."
-            )
-            weights = "random"
-    if weights == "random":
-        net = resnet50(replace_stride_with_dilation=dilate)
+    net: Any = pretrained(
+        resnet50,
+        ResNet50_Weights.IMAGENET1K_V1,
+        weights,
+        replace_stride_with_dilation=dilate,
+    )
     stem = nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool)
     stages = [net.layer1, net.layer2, net.layer3, net.layer4]
     return Backbone(stem, stages, (256, 512, 1024, 2048))

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 from torchvision.models.segmentation.deeplabv3 import ASPP
 
+from examples.pretrained import Weights
 from examples.scenes import losses
-from examples.scenes.backbones import SegNet, Weights, dilated_resnet50, small_resnet
+from examples.scenes.backbones import SegNet, dilated_resnet50, small_resnet
 from examples.scenes.data import TASKS, ScenesDataModule, check_tasks
 from examples.scenes.files import IGNORED
 from examples.scenes.sharing import MTAN, CrossStitch, Hard
