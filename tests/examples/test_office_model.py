@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import subprocess
-import sys
 from itertools import chain
 from pathlib import Path
 
@@ -231,34 +229,3 @@ def test_rates_of_figure_5_are_those_of_their_names():
         expected = f"β {beta:.1f}/√k" if fall == 0.5 else f"β {beta:.1f}" if beta else "β 0"
         assert name == expected
         assert fall in ((0.0, 0.5) if beta else (None,))
-
-
-@pytest.mark.slow  # processes of their own, with all that they import
-def test_the_commands_write_compare_and_report(tmp_path):
-    python = [sys.executable, "-m"]
-
-    def run(*arguments):
-        done = subprocess.run(
-            [*python, *map(str, arguments)],
-            capture_output=True,
-            text=True,
-            cwd=FOLDER.parents[1],
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    run("examples.office.standin", "--out", tmp_path / "data", "--count", 300)
-    text = yaml.safe_load((FOLDER / "standin.yaml").read_text())
-    text["data"]["init_args"]["root"] = str(tmp_path / "data")
-    text["trainer"] |= {"max_epochs": 1, "check_val_every_n_epoch": 1}
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(text))
-    out = tmp_path / "results"
-    given = ("--config", tmp_path / "config.yaml", "--balancers", FOLDER / "balancers.yaml")
-    more = ("--only", "equal weighting,DB-MTL", "--seeds", 1, "--rivals", "none", "--split", "test")
-    run("lightning_mtl", "compare", *given, *more, "--out", out)
-    records = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
-    trained = {(r["method"], r.get("task")) for r in records if r["kind"] == "train"}
-    single = {("single-task", domain) for domain in DOMAINS}
-    assert trained == single | {("equal weighting", None), ("DB-MTL", None)}
-    assert (out / "models.csv").is_file()  # one model against one a task
