@@ -13,6 +13,7 @@ from typing import Any
 from lightning_mtl.compare import CompareError
 from lightning_mtl.compare.about import FILE, About
 from lightning_mtl.compare.command import check_extras
+from lightning_mtl.compare.confirm import FILE as CONFIRMED
 from lightning_mtl.compare.confirm import Plan
 from lightning_mtl.compare.folder import flatten, owned
 from lightning_mtl.compare.grid import FIRST_FRESH, SINGLE, Run, file_names
@@ -124,10 +125,12 @@ def read(folder: Path) -> tuple[About, list[Record], list[str]]:
     about, first = _about(folder, path, lines)
     records: dict[Run, Record] = {}
     notes: list[str] = []
+    # Runs of another tool, without a word on what fresh seeds are to decide.
+    alone = first > 0 and not (folder / CONFIRMED).exists()
     for number, line in lines[first:]:
         try:
             record = _record(_json(line), about)
-            if first and record["seed"] >= FIRST_FRESH:  # of another tool
+            if alone and record["seed"] >= FIRST_FRESH:
                 raise ValueError(f"the seed {record['seed']}: seeds are below {FIRST_FRESH}")
         except ValueError as error:
             if number == lines[-1][0] and first < number - 1 and not _ends(path):

@@ -116,9 +116,10 @@ def test_the_table_of_a_confirmation(tmp_path: Path) -> None:
         for record in found
         if record.get("method") not in (None, "single-task") and "metrics" in record
     ]
-    about, records, _ = read(made.write(tmp_path, [*found, *fresh]))
     rivals = ["equal", "x10"]
     plan = Plan("Balancer0", rivals, 3, 3, margin=1.0, alpha=0.05, rule="t", best="Balancer0")
+    plan.save(tmp_path)
+    about, records, _ = read(made.write(tmp_path, [*found, *fresh]))
     summary = about.summary(records, {}, plan)
     rows = list(csv.DictReader(confirm_csv(summary).splitlines()))
     assert [row["method"] for row in rows] == ["Balancer0", "equal", "x10"]
