@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,12 +106,12 @@ class Changes:
         self.balancer = balancer
         self.left = 3 if balancer else 0
 
+    def looked_for(self) -> AbstractContextManager[None]:
+        """Look at the parameters before and after the block, where that is still to be done."""
+        return self._look() if self.left else nullcontext()
+
     @contextmanager
-    def looked_for(self) -> Iterator[None]:
-        """Look at the parameters before and after the block."""
-        if not self.left:
-            yield
-            return
+    def _look(self) -> Iterator[None]:
         self.left -= 1
         before = self._bits()
         yield

@@ -68,6 +68,27 @@ def test_floor_scale_and_corrected_cosine_are_the_analytic_ones():
     assert together[0, 1] == pytest.approx(cross / (1 + TRACE / (2 * HALF)), abs=0.015)
 
 
+def test_the_floor_of_dropout_is_the_analytic_one():
+    """On one batch of b, other masks add q / p times E y² |x|² / b to E |g|² = |δ|² + tr Σ / b."""
+    rate, batch = 0.3, 2 * HALF
+
+    class Dropped(OneVector):
+        def __init__(self) -> None:
+            super().__init__()
+            nn.init.constant_(self.vector, 1e-4)  # at 0 no mask would change a loss
+
+        def task_losses(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Tensor]:
+            x, y = batch
+            return super().task_losses((nn.functional.dropout(x, rate), y), batch_idx)
+
+    found = studied(Dropped, draws(200), 200, 200)
+    same = 1 + TRACE / batch
+    masks = rate / (1 - rate) * (SIZE + 2 + NOISE**2 * SIZE) / batch
+    floor = np.stack([point.dropout for point in found.points]).mean(0)
+    assert floor == pytest.approx([same / (same + masks)] * 2, abs=0.015)
+    assert studied(OneVector, draws(3), 3, 3).points[0].dropout is None  # nothing is random
+
+
 def test_the_update_of_sgd_is_the_sum_of_the_gradients_turned_round():
     found = studied(lambda: OneVector(0.1), draws(6), 6, 6)
     for point in found.points:

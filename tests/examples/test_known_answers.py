@@ -12,9 +12,8 @@ import yaml
 from lightning.pytorch import seed_everything
 
 from examples.known_answers import problem
-from examples.known_answers.copies import OtherStart
+from examples.known_answers.copies import Copy
 from examples.known_answers.problem import TASKS, Teacher, TwoRegressions
-from lightning_mtl import EqualWeighting
 from tests.common.models import trainer
 from tests.common.places import ROOT
 
@@ -68,7 +67,7 @@ def test_one_loss_is_a_thousand_times_the_other():
 def run(number: int | None) -> torch.Tensor:
     seed_everything(3, verbose=False)
     model = TwoRegressions(width=4, steps=5)
-    callbacks = [EqualWeighting(), *([] if number is None else [OtherStart(number)])]
+    callbacks = [] if number is None else [Copy(number)]
     trainer(callbacks=callbacks, max_steps=5).fit(model, Teacher(train=200).train_dataloader())
     return torch.nn.utils.parameters_to_vector(model.parameters()).detach()
 
@@ -79,15 +78,16 @@ def test_copies_start_elsewhere_and_each_again_where_it_did():
     assert all(not torch.equal(a, b) for i, a in enumerate(ends) for b in ends[:i])
 
 
-def test_copies_are_twelve_and_all_of_equal_weighting():
+def test_a_copy_is_equal_weighting_but_for_its_start(monkeypatch):
+    monkeypatch.setattr(Copy, "on_fit_start", lambda *_: None)
+    torch.testing.assert_close(run(1), run(None), rtol=1e-6, atol=1e-7)
+
+
+def test_copies_are_twelve():
     rows = yaml.safe_load((FOLDER / "copies.yaml").read_text())
     assert rows.pop("equal weighting") == []
-    numbers = []
-    for first, second in rows.values():
-        assert first == {"class_path": "EqualWeighting"}
-        assert second["class_path"] == f"{OtherStart.__module__}.OtherStart"
-        numbers.append(second["init_args"]["number"])
-    assert sorted(numbers) == list(range(1, 13))
+    assert all(c["class_path"] == f"{Copy.__module__}.Copy" for (c,) in rows.values())
+    assert sorted(c["init_args"]["number"] for (c,) in rows.values()) == list(range(1, 13))
 
 
 @pytest.mark.slow  # 63 trainings
