@@ -14,6 +14,7 @@ from lightning_mtl.cli import main
 from lightning_mtl.compare.again import read
 from lightning_mtl.compare.cells import columns, decimals
 from lightning_mtl.compare.confirm import Plan
+from lightning_mtl.compare.figures.drawing import panels
 from lightning_mtl.compare.report import report_html
 from lightning_mtl.compare.sheets import confirm_csv
 from lightning_mtl.compare.table import Spread
@@ -127,3 +128,12 @@ def test_the_table_of_a_confirmation(tmp_path: Path) -> None:
     means = [r["metrics"]["task 0"]["metric 0"] for r in fresh if r["method"] == "equal"]
     assert float(rows[1]["task 0/metric 0 mean"]) == pytest.approx(sum(means) / 3)
     assert "Confirmed on 3 fresh seeds" in report_html(summary, [], {}, [])
+
+
+def test_a_picture_is_the_same_before_and_after_the_page() -> None:
+    """The page's format has a resolution of its own, at which names would be cut."""
+    drawing, (axis,) = panels(4.0, 2.0)
+    axis.set_yticks([0.0], ["a name that takes room"])
+    before = drawing.png()
+    assert "<svg" in drawing.svg("x")
+    assert drawing.png() == before

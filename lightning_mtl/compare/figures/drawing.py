@@ -116,7 +116,9 @@ class Drawing:
             part.set_facecolor("none")
         buffer = io.StringIO()
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        dpi = self.figure.dpi
         FigureCanvasSVG(self.figure).print_svg(buffer, metadata=nothing)
+        self.figure.dpi = dpi  # which it has changed
         return embedded(buffer.getvalue(), prefix, self.tips)
 
 
