@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib
 import inspect
 import re
@@ -126,6 +127,19 @@ def hint(message: str) -> str | None:
             f"{where}`{name}` has no argument `{option}`.{_near(option, given)} Its arguments are "
             f"{', '.join(given) or 'none'}."
         )
+    pattern = (
+        r"expects a function or a callable class: [\s\S]*?class_path='([\w.]+)\.(\w+)', init_args="
+    )
+    if found := re.search(pattern, message):
+        module, name = found.groups()
+        named = getattr(_imported(module), name)
+        if named is functools.partial or not isinstance(named, type):
+            return (
+                f"{where}`{module}.{name}` cannot be given arguments in a file: a function is "
+                f"named by its import path alone, and arguments are those of a class. Name a "
+                f"class, such as `torch.nn.CrossEntropyLoss` with its `init_args`, or a function "
+                f"of yours that passes them on."
+            )
     return None
 
 

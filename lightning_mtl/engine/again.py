@@ -30,6 +30,7 @@ class Seen:
         random: states of the generators.
         balancer: name of the one that asks for its losses again.
         versions: how often each tensor of the batch had been changed in place.
+        tasks: indices of the tasks of which it brought a usable loss in this process.
     """
 
     batch: Any
@@ -37,6 +38,7 @@ class Seen:
     random: list[Tensor]
     balancer: str
     versions: list[tuple[Tensor, int]]
+    tasks: Sequence[int] = ()
 
     def check(self) -> None:
         """Refuse a batch whose tensors have changed since.
@@ -149,12 +151,19 @@ def losses_again(
 
     Shape ``(T,)``. No graph; otherwise as :func:`replayed`. A task that gives no finite loss gets
     NaN.
+
+    Raises:
+        ValueError: a task has no loss when the batch comes again.
     """
     sums = torch.zeros(2, len(tasks), dtype=torch.float64, device=module.device)
     for micro in seen:
         with _without_graph(module, micro) as losses:
             for t, task in enumerate(tasks):
-                value, count = losses.get(task), 1.0
+                count = 1.0
+                if module.training_tasks.index(task) in micro.tasks:
+                    value = loss_of(module, micro, losses, task)
+                else:
+                    value = losses.get(task)
                 if isinstance(value, tuple):
                     value, count = value[0], float(value[1])
                 if value is not None:
@@ -233,6 +242,22 @@ def _losses(module: TaskModule, micro: Seen) -> Mapping[str, Any]:
                 f"once more but got {name!r}, {described(value)}. {_cure(module)}"
             )
     return losses
+
+
+def loss_of(module: TaskModule, micro: Seen, losses: Mapping[str, Any], task: str) -> Any:
+    """The loss of a task that had one when the batch came first.
+
+    Raises:
+        ValueError: it has none now.
+    """
+    value = losses.get(task)
+    if (value[0] if isinstance(value, tuple) else value) is None:
+        raise ValueError(
+            f"Expected the loss of task '{task}' once more for the same batch, which had one, but "
+            f"`task_losses` of {type(module).__name__} returned {list(losses) or 'none'} when "
+            f"{micro.balancer} asked again. {_cure(module)}"
+        )
+    return value
 
 
 def _cure(module: TaskModule) -> str:

@@ -51,6 +51,7 @@ class Group:
         """Count a micro-batch; ``seen`` where its losses are needed again."""
         self.received += 1
         if seen is not None:
+            seen.tasks = losses.tasks
             self.seen.append(seen)
         self.skip |= losses.skip
         self.dropped |= losses.dropped

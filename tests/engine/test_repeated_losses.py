@@ -348,6 +348,27 @@ def test_losses_in_training_mode_only_name_the_cure(given: str) -> None:
     trainer(max_steps=1, callbacks=[SAMO(local="gradient")]).fit(Detector(), loader(8))
 
 
+@pytest.mark.parametrize("given", [None, {}, "counted"])
+@pytest.mark.parametrize("balancer", [SAMO, FAMO])
+def test_losses_of_some_tasks_only_the_second_time(balancer: Any, given: Any) -> None:
+    """Neither an estimate of nothing nor weights that never learn: an error that names the task."""
+
+    class Some(Balanced):
+        calls = 0
+
+        def task_losses(self, batch: Any, batch_idx: int) -> Any:
+            losses = super().task_losses(batch, batch_idx)
+            self.calls += 1
+            if self.calls == 1:
+                return losses
+            del losses["b"]
+            return losses | ({"b": (None, 1)} if given else {"b": given} if given is None else {})
+
+    words = r"loss of task 'b' once more for the same batch.* returned \['a'"
+    with pytest.raises(ValueError, match=words):
+        trainer(max_steps=1, callbacks=[balancer()]).fit(Some(), loader(8))
+
+
 # ------------------------------------------------------------------------- changed parameters
 
 

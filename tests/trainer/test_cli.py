@@ -164,6 +164,31 @@ def test_losses_and_baselines_of_every_form(here: Path):
     assert again.parser.dump(again.config) == printed
 
 
+@pytest.mark.parametrize(
+    ("named", "arguments", "words"),
+    [
+        ("functools.partial", {"func": "torch.nn.functional.mse_loss"}, "Name a class, such as"),
+        ("torch.nn.functional.mse_loss", {"reduction": "sum"}, "Name a class, such as"),
+        ("torch.nn.MSELoss", {"reductoin": "sum"}, "Did you mean `reduction`?"),
+    ],
+)
+def test_a_function_with_arguments(
+    here: Path, capsys: pytest.CaptureFixture, named, arguments, words
+):
+    task = {
+        "class_path": "lightning_mtl.Task",
+        "init_args": {"loss": {"class_path": named, "init_args": arguments}},
+    }
+    model = {"class_path": "my_model.Given", "init_args": {"tasks": {"a": task}, "baseline": {}}}
+    Path("partial.yaml").write_text(yaml.safe_dump({**CONFIG, "model": model}))
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", "--config", "partial.yaml"])
+    assert stop.value.code == 2
+    message = capsys.readouterr().err
+    assert words in message
+    assert message.count("\n") == 1
+
+
 def test_help_names_every_command(capsys: pytest.CaptureFixture):
     with pytest.raises(SystemExit) as stop:
         main(["--help"])

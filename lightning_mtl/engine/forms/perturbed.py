@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_mtl.contract import TaskModule
-from lightning_mtl.engine.again import replayed
+from lightning_mtl.engine.again import loss_of, replayed
 from lightning_mtl.engine.forms.balanced import Balanced
 from lightning_mtl.engine.forms.moves import Moves, moved, moves_of
 from lightning_mtl.engine.forms.setting import Setting
@@ -81,16 +81,10 @@ def _add_row(
     (micro,), name = group.seen, module.training_tasks[task]
     before = len(marked)
     with moved(moves), replayed(module, micro) as losses:
-        value = losses.get(name) if factor is not None else None
+        value = None
         if factor is not None:
-            value = value[0] if isinstance(value, tuple) else value
-            if value is None:
-                raise ValueError(
-                    f"Expected the loss of task '{name}' once more for the same batch but "
-                    f"`task_losses` returned none at perturbed parameters. Let the tasks that it "
-                    f"returns depend on the batch alone."
-                )
-            value = value.reshape(())
+            value = loss_of(module, micro, losses, name)
+            value = (value[0] if isinstance(value, tuple) else value).reshape(())
             gradients.add(task, value * factor, retain_graph=False)
             value = value.detach()
         del marked[before:]  # each would keep a graph
