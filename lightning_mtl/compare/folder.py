@@ -67,7 +67,8 @@ def append(path: Path, content: str) -> None:
         try:
             _write_all(handle, as_bytes(content), path)
         except BaseException:
-            os.ftruncate(handle, before)
+            with suppress(OSError):  # then a line is cut short, which is dropped when it is read
+                os.ftruncate(handle, before)
             raise
     finally:
         os.close(handle)

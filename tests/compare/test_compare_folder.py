@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import errno
 import json
 import os
 import resource
@@ -73,6 +74,31 @@ def test_an_append_without_room_leaves_the_file_as_it_was(full: Path, room: int)
             write(path, "y" * (len(whole) + 100))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert path.read_bytes() == whole
+    assert [p.name for p in full.iterdir()] == ["results.jsonl"]
+
+
+@pytest.mark.parametrize("broken", [("write",), ("fsync",), ("write", "ftruncate")])
+def test_a_disk_that_breaks(full: Path, broken: tuple[str, ...], monkeypatch: pytest.MonkeyPatch):
+    """There is no broken disk here: calls of the system that fail as on one stand for it."""
+    path, write_ = full / "results.jsonl", os.write
+    whole = path.read_bytes()
+
+    def fails(handle: int, *arguments):
+        if arguments and isinstance(arguments[0], bytes):  # a part of it arrives
+            write_(handle, arguments[0][:7])
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        for name in broken:
+            patch.setattr(os, name, fails)
+        with pytest.raises(OSError, match=r"Input/output error: '.*results.jsonl'"):
+            append(path, "x" * 100 + "\n")
+        with pytest.raises(OSError, match="Input/output error"):
+            write(path, "y" * 100)
+    results = Results(full, DIRECTIONS)
+    assert list(results.records) == RUNS
+    assert len(results.notes) == ("ftruncate" in broken)
     assert path.read_bytes() == whole
     assert [p.name for p in full.iterdir()] == ["results.jsonl"]
 
