@@ -5,7 +5,7 @@ slows both. The time is that of the processor, and the figure is the ratio of th
 with the median of the ratios within rounds beside it.
 
     git worktree add --detach OTHER v0.1.0
-    python benchmarks/versions.py OTHER [--rounds 40]
+    python benchmarks/versions.py OTHER [--rounds 40] [--models "ResNet-18, T=3"]
 
 ``OTHER`` is the folder of the other version.
 """
@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-MODELS = ("tiny MLP, T=2", "MLP 0.9M, T=3")
+MODELS = ["tiny MLP, T=2", "MLP 0.9M, T=3"]
 NONE = "MultiTaskModule, no balancer"
 WAYS = ("plain Lightning", NONE, "MinNorm", "DualBalance")
 SECONDS = 0.1  # of a way in a round
@@ -69,6 +69,7 @@ def serve() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("other", type=Path, nargs="?", help="folder of the other version")
+    parser.add_argument("--models", nargs="+", default=MODELS, help="names in networks.py")
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -78,7 +79,7 @@ def main() -> None:
         parser.error(f"Expected a folder that holds lightning_mtl/ but got {args.other}.")
     here, other = Version(Path(__file__).parent.parent), Version(args.other.absolute())
     print(f"{'':44}  fastest  median of {args.rounds} rounds")
-    for model in MODELS:
+    for model in args.models:
         for way in WAYS:
             steps = max(3, int(SECONDS / here.time(model, way, 3)))
             other.time(model, way, 3)

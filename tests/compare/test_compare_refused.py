@@ -18,12 +18,6 @@ GOOD = {"equal": [], "minnorm": [{"class_path": "MinNorm"}]}
 
 
 @pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-@pytest.fixture
 def refused(here: Path, capsys: pytest.CaptureFixture) -> Callable[..., str]:
     """The message of a request that is refused, and that no file has changed."""
 
