@@ -47,8 +47,10 @@ def start(folder: Path, options: list[str]) -> BaseProcess:
 
 def _command(folder: Path, options: list[str]) -> None:
     os.setsid()
-    # A shell lets what it starts in the background ignore it, and children inherit that.
+    # A shell lets what it starts in the background ignore the one, `nohup` the other, and children
+    # inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     os.chdir(folder)
     with Path("printed.txt").open("w") as out:
         os.dup2(out.fileno(), 1)
