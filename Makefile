@@ -12,6 +12,8 @@ export OMP_NUM_THREADS ?= 1
 # No window is ever opened.
 export MPLBACKEND ?= Agg
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
+# Tests start many processes, and each would compile the package anew.
+export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
 .PHONY: help install lint format types test test-slow test-lowest test-ported docs demo papers cost \
@@ -21,10 +23,11 @@ help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 # The stamp is the last thing written, so that an interrupted installation is done again, and a
-# finished one is not repeated until pyproject.toml changes.
+# finished one is not repeated until pyproject.toml changes. Modules are compiled when they are first
+# imported: most never are.
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -e ".[dev]"
+	$(BIN)/python -m pip install --quiet --no-compile -e ".[dev]"
 	touch $@
 
 install: $(INSTALLED)  ## create .venv and install the package with everything it needs (once)
@@ -41,7 +44,8 @@ types: install  ## mypy, strict, over the package
 	$(BIN)/mypy
 
 test: install  ## all fast tests
-	$(BIN)/python -m pytest -m "not slow and not gpu" -n auto --dist loadfile
+	$(BIN)/python -m pytest -m "not slow and not gpu" -n auto --dist loadfile \
+		--no-loadscope-reorder
 
 test-slow: install test-lowest test-ported  ## the long runs: kills, a browser, other libraries
 	$(BIN)/python -m pytest -m slow --ignore tests/ported
@@ -54,7 +58,7 @@ test-lowest:  ## the fast tests on the oldest supported versions
 		scikit-learn matplotlib optuna "torch==2.6.*" "torchvision==0.21.*" "lightning==2.5.0" \
 		"pytorch-lightning==2.5.0" "torchmetrics==1.3.*" "jsonargparse[signatures]==4.39.*"
 	.venv-lowest/bin/python -m pytest -m "not slow and not gpu" -n auto --dist loadfile \
-		--ignore-glob "*/tests/examples/*molecules*" -W ignore::DeprecationWarning
+		--no-loadscope-reorder --ignore-glob "*/tests/examples/*molecules*" -W ignore::DeprecationWarning
 
 # Modules of other libraries, which have an environment of their own: the one for `make ci` stays
 # small, and their requirements cannot hold back its versions.
@@ -91,7 +95,11 @@ GPU_FLAGS ?=
 gpu:  ## tests and times on an NVIDIA GPU, ten minutes at most; results in gpu.json
 	PYTHONPATH=. $(PYTHON) benchmarks/gpu.py $(GPU_FLAGS)
 
-ci: lint types test docs cost  ## what CI runs
+# Types and pages take one core each, the tests all, and times are taken when nothing else runs.
+ci: lint  ## what CI runs
+	$(MAKE) --jobs 2 --output-sync types docs
+	$(MAKE) test
+	$(MAKE) cost
 
 clean:  ## remove what builds and runs wrote; the environment stays
 	rm -rf build dist docs/_build demo_results papers_results .mypy_cache .pytest_cache \

@@ -16,7 +16,7 @@ from lightning_mtl.engine.gradients.cuts import Block, Part, blocks, parts
 from lightning_mtl.engine.gradients.rows import TaskGradients
 from lightning_mtl.engine.gradients.task_losses import TaskLosses
 from lightning_mtl.numerics import inner
-from lightning_mtl.numerics.flat import real
+from lightning_mtl.numerics.flat import real, with_places
 
 
 class Blocks(Probe):
@@ -25,8 +25,9 @@ class Blocks(Probe):
     A backward pass a task goes down the graph, all tasks together from block to block: at a place
     that every path passes, the gradient of each task is kept and the rows of the parameters above
     it, whose inner products are known by then, are thrown away. The direction takes one more pass,
-    of the weighted losses. So J is never there, and no part of the graph is gone through twice by a
-    task, unless there is no such place in it: then passes are repeated from the last place above.
+    of the weighted losses, when the rows are gone. So J is never there, and no part of the graph is
+    gone through twice by a task, unless there is no such place in it: then passes are repeated from
+    the last place above.
 
     Args:
         gradients: layout and head gradients.
@@ -39,7 +40,7 @@ class Blocks(Probe):
         self.shared = [gradients.parameters[name] for name in gradients.shared or ()]
         self.repeats = False  # whether a part of the graph is gone through more than once
         self.names = {id(p): name for name, p in gradients.parameters.items()}
-        super().__init__(gradients, self.shared[:1], representation=False, scale=scale)
+        super().__init__(gradients, [], representation=False, scale=scale)
         self._gramian = torch.zeros(
             self.num_tasks, self.num_tasks, dtype=torch.float64, device=self.rows.device
         )
@@ -55,7 +56,7 @@ class Blocks(Probe):
         self.repeats |= sum(block.top is None for block in plan) > 1  # used in several blocks
         groups = [group for block in plan for group in block.groups]
         self.tensors = max(groups, key=_width) or self.tensors  # nothing may be reached
-        self.rows = self.gradients.narrow_rows(self.tensors)
+        self.rows = self.rows.new_empty(self.num_tasks, _width(self.tensors))
         above: list[Tensor | None] = [None] * self.num_tasks  # gradients at the top of a block
         for block in plan:
             below: list[Tensor | None] = [None] * self.num_tasks
@@ -73,7 +74,7 @@ class Blocks(Probe):
                     del grads, heads  # before the next pass makes others
                 if group:
                     rows = self.gradients.ranks.sum_(rows)
-                    self._gramian += inner.gramian(rows / self.scale if self.scale != 1 else rows)
+                    self._gramian += inner.gramian(rows) / self.scale**2
             above = below
 
     def _plan(self) -> list[Block]:
@@ -134,7 +135,8 @@ class Blocks(Probe):
             offset += size
 
     def finish(self) -> Tensor:
-        """The rows of the last block: there is no more of J."""
+        """A column of zeros that stands for J, of which there is nothing any more."""
+        self.rows = self.rows.new_zeros(self.num_tasks, 1)
         return self.rows
 
     def gramian(self, rows: Tensor) -> Tensor:
@@ -162,21 +164,40 @@ class Blocks(Probe):
         return weights
 
     def write_shared(self, direction: Tensor, *, every_column: bool) -> None:
-        """The weighted losses' way down the blocks, so that no second direction is there."""
+        """The weighted losses' way down the blocks, in memory that grows with them.
+
+        As in plain training, and as there it is free once the gradients are.
+        """
         output: Tensor | None = self._weighted()
-        self.gradients.begin_row()
         again = any(b.top is None for b in self._blocks[1:])  # from the losses once more
+        parts: dict[int, tuple[Tensor, bool]] = {}
         for block in self._blocks:
             output = self._weighted() if block.top is None else output
             for number, group in enumerate(block.groups, 1):
                 last = number == len(block.groups)
                 bottom, keep = block.bottom if last else None, again or not last
                 found = self._passed(block.top, output, group, bottom, retain_graph=keep)
-                by_id = dict(zip(map(id, group), found, strict=False))
-                self.gradients.add_to_row(0, [by_id.get(id(p)) for p in self.shared])
+                parts.update(self._parts(group, found))
                 output = found[-1] if bottom is not None else output
-                del found, by_id  # before the next pass makes others
-        self._sum_row()
+                del found  # before the next pass makes others
+        none = None, False  # of what this graph does not have
+        own, reached = zip(*(parts.get(id(p), none) for p in self.shared), strict=True)
+        self.gradients.begin_row(reached)
+        self.gradients.agree()
+        self.gradients.give(own, every_column=every_column)
+
+    def _parts(
+        self, group: Sequence[Tensor], grads: Sequence[Tensor | None]
+    ) -> dict[int, tuple[Tensor, bool]]:
+        """The direction of a group, summed over ranks, and whether this one reaches each part."""
+        flat = self.rows.new_zeros(_width(group))
+        own = with_places(flat, [real(p.detach()) for p in group])
+        for part, grad in zip(own, grads, strict=False):
+            if grad is not None:
+                part.copy_(real(grad))
+        self.gradients.ranks.sum_(flat)
+        triples = zip(group, own, grads, strict=False)
+        return {id(p): (part, grad is not None) for p, part, grad in triples}
 
 
 def _width(group: Sequence[Tensor]) -> int:

@@ -115,7 +115,8 @@ def blocks(found: Sequence[Part], wanted: Collection[int], number: int) -> list[
     every = {id(leaf): leaf for part in found for leaf in part.used}
     size = {i: _size(leaf) for i, leaf in every.items() if i in wanted}
     # A leaf is never divided, and a small one beside a large one, its bias say, costs no pass.
-    widest = 1.25 * max(sum(size.values()) / number, *size.values(), 0)
+    widest = max(sum(size.values()) / number, *size.values(), 0)
+    widest += min(widest / 4, max(widest / 16, 1 << 14))
     tops, width, choice = [0], 0, 0  # where blocks begin; `choice`: where the next one may
     for i, part in enumerate(found):
         more = sum(size.get(i, 0) for i in {id(leaf) for leaf in part.used})

@@ -214,13 +214,19 @@ class TaskGradients(OverColumns):
 
     def narrow_rows(self, tensors: Sequence[Tensor]) -> Tensor:
         """Rows as wide as all of ``tensors``, with what the last step left in them."""
+        if not tensors:
+            return self._like.new_empty(self.num_tasks, 0)
         self._narrow = narrow(self._narrow, self.num_tasks, tensors)
         return self._narrow
 
-    def begin_row(self) -> None:
-        """Start with an empty row 0, as the place to add up one combined gradient."""
+    def begin_row(self, reached: Sequence[bool] | None = None) -> None:
+        """Start with an empty row 0, as the place to add up one combined gradient.
+
+        Args:
+            reached: which shared parameters it reaches, where it is not added up here.
+        """
         self._written = [False] * self.num_tasks
-        self._reached = [False] * len(self.shared or ())
+        self._reached = [False] * len(self.shared or ()) if reached is None else list(reached)
 
     def drop(self, task: int) -> None:
         """Forget what task ``task`` contributed to this step."""
@@ -291,10 +297,13 @@ class TaskGradients(OverColumns):
         self._inputs = [self.parameters[name] for name in self._order]
         self._like = (chosen or [torch.zeros(0)])[0].new_empty(0, dtype=wide(chosen))
         self._places = places(chosen)
-        self._new_rows()
+        if not (self._in_place and self._memory == "blocks"):  # which needs no row of this width
+            self._new_rows()
         self._reached = [any(name in heads for heads in self.heads.by_task) for name in shared]
         for task, heads in enumerate(self.heads.by_task):
             found = {name: heads.pop(name) for name in shared if name in heads}
+            if found:
+                self._own_row()
             parts = self._row_views[task] if found else ()
             for name, view in zip(shared, parts, strict=bool(found)):
                 if name in found:
@@ -307,8 +316,10 @@ class TaskGradients(OverColumns):
         self._line = Line(self.rows[0], self._places) if self._in_place else None
 
     def _own_row(self) -> None:
-        """Leave the one row to whoever keeps gradients that are parts of it."""
-        if self._in_place and self._line is not None and self._line.given:
+        """Have rows; leave the one row to whoever keeps gradients that are parts of it."""
+        if self.rows is None:
+            self._new_rows()
+        elif self._in_place and self._line is not None and self._line.given:
             if self._line.kept():
                 self._new_rows()
             self._line.given = False
@@ -345,11 +356,14 @@ class TaskGradients(OverColumns):
             vector.copy_(direction)
         assert self._line is not None
         self._line.given = True
-        columns = zip(self.shared or (), self._line.views, self._reached, strict=True)
-        for name, view, reached in columns:
-            if reached or every_column:
+        self.give(self._line.views, every_column=every_column)
+
+    def give(self, parts: Sequence[Tensor | None], *, every_column: bool) -> None:
+        """Make parts of a direction, in the order of the shared parameters, their ``.grad``."""
+        for name, part, reached in zip(self.shared or (), parts, self._reached, strict=True):
+            if part is not None and (reached or every_column):
                 parameter = self.parameters[name]
-                parameter.grad = self._grad(parameter, view)
+                parameter.grad = self._grad(parameter, part)
 
     def combine(self, weights: Tensor) -> Tensor:
         """The direction ``weights @ J``, shape ``(P,)``, in the vector behind ``.grad``."""
