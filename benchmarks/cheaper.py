@@ -35,7 +35,7 @@ EVERY = (4, 16)
 # Where the representation says less about all parameters than in the networks of the other tables.
 MORE = (
     Model("MLP of ten layers, T=40", 40, square(256, 10), (128, 256)),
-    Model("transformer of four layers, T=40", 40, transformer(4, 128), (32, 16, 128)),
+    Model("transformer of four layers, T=40", 40, transformer(4, 128, 2), (32, 16, 128)),
 )
 STEPS = 60
 

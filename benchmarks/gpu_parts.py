@@ -40,7 +40,7 @@ NETWORKS: dict[str, tuple[float, Model]] = {
             Model(
                 "transformer of 12 layers, bf16, T=3",
                 3,
-                transformer(12, 768),
+                transformer(12, 768, 12),
                 (8, 256, 768),
                 dtype=torch.bfloat16,
             ),
@@ -53,7 +53,7 @@ NETWORKS: dict[str, tuple[float, Model]] = {
 # What stands for a network where the script is only tried.
 TINY: dict[str, dict[str, Any]] = {
     "ResNet": {"inputs": (4, 3, 64, 64), "trunk": resnet("resnet50", 4)},
-    "transformer": {"inputs": (2, 8, 64), "trunk": transformer(2, 64)},
+    "transformer": {"inputs": (2, 8, 64), "trunk": transformer(2, 64, 1)},
     "MLP": {"inputs": (8, 256)},
 }
 TRIED = ("tests", "tiny", "ResNet-50", "transformer")  # on the processor: one of a kind

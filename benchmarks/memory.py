@@ -21,13 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from networks import Model, Trunk, resnet, square
+from networks import Model, Trunk, resnet, square, transformer
 from report import arguments, bars, begin, end, notes, table
 from ways import FITS, LIGHTNING, LOOPS, MINNORM, PLAIN, Way, balanced
 
 TRUNKS: dict[str, tuple[Trunk, tuple[int, ...]]] = {
     "MLP": (square(2048, 6), (32, 2048)),
     "ResNet-50": (resnet("resnet50"), (8, 3, 64, 64)),
+    "transformer": (transformer(12, 416, 13), (8, 64, 416)),
 }
 TASKS = (3, 11)
 # Rows of T x P that a method keeps, beside J and the direction.
