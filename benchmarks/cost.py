@@ -7,6 +7,7 @@ step can be cheaper. A ratio is the median of the ratios within a round.
 
     python benchmarks/cost.py [--rounds 9] [--models ResNet] [--json FILE] [--plot FILE]
     python benchmarks/cost.py --methods     what other balancers add to MinNorm in Trainer.fit
+    python benchmarks/cost.py --blocks      the Gramian by blocks beside rows of all parameters
 """
 
 from __future__ import annotations
@@ -15,11 +16,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from networks import MODELS, Model
+from networks import MODELS, Model, transformer
 from report import arguments, bars, begin, end, notes, table
 from timing import FORWARD, Times, interleaved, with_limit
 from ways import FITS, LIGHTNING, LIMIT, LOOPS, MINNORM, PLAIN, Way, balanced
 
+TRANSFORMERS = {
+    f"transformer of four layers, T={tasks}": Model(
+        f"transformer of four layers, T={tasks}", tasks, transformer(4, 128, 2), (32, 16, 128)
+    )
+    for tasks in (3, 11)
+}
+AUTOGRAM = "TorchJD MGDA, autogram"
 METHODS = (MINNORM, "DualBalance", "CAGrad", "NashMTL", "PCGrad", "UPGrad", "TaskTensioner")
 
 Panels = dict[str, dict[str, float | None]]
@@ -29,13 +37,16 @@ def main() -> None:
     parser = arguments(__doc__, rounds=9)
     parser.add_argument("--models", default="", help="only those whose name holds this")
     parser.add_argument("--methods", action="store_true", help="other balancers beside MinNorm")
+    parser.add_argument("--blocks", action="store_true", help="the Gramian by blocks beside rows")
     args = begin(parser)
-    show = methods if args.methods else costs
-    chosen = {name: model for name, model in MODELS.items() if args.models in name}
+    show = methods if args.methods else blocks if args.blocks else costs
+    models = {**MODELS, **TRANSFORMERS} if args.blocks else MODELS
+    chosen = {name: model for name, model in models.items() if args.models in name}
     if not chosen:
-        parser.error(f"Expected a part of one of {list(MODELS)} but got {args.models!r}.")
+        parser.error(f"Expected a part of one of {list(models)} but got {args.models!r}.")
     measured = {name: show(model, args.rounds) for name, model in chosen.items()}
-    end(args, figures(measured), partial(plot, measured=measured, methods=args.methods))
+    beside = args.methods or args.blocks
+    end(args, figures(measured), partial(plot, measured=measured, methods=beside))
 
 
 def costs(model: Model, rounds: int) -> Times:
@@ -74,6 +85,26 @@ def methods(model: Model, rounds: int) -> Times:
         more = None if adds is None or way in (LIGHTNING, MINNORM) else 1e3 * adds
         rows.append([*row, times.ratio(way, MINNORM), more])
     table(["balancer", "ms a step", "× plain Lightning", "× MinNorm", "adds, ms"], rows)
+    notes(times.reasons)
+    return times
+
+
+def blocks(model: Model, rounds: int) -> Times:
+    """Rows of all parameters in ``Trainer.fit``, and blocks of them; one pass more is allowed."""
+    ways: dict[str, Way] = {LIGHTNING: FITS[LIGHTNING], MINNORM: balanced(MINNORM)}
+    ways |= {
+        f"{number} blocks": balanced(MINNORM, gradient_memory="blocks", gradient_blocks=number)
+        for number in (4, 16)
+    }
+    ways |= {way: LOOPS[way] for way in ("our engine, MinNorm", AUTOGRAM) if way in LOOPS}
+    times = interleaved(model, ways, rounds)
+    print(f"### {model.name}: one pass more is {(model.tasks + 1.2) / model.tasks:.2f}\n")
+    rows = []
+    for way in ways:
+        ms = times.median(way)
+        row = [way, None if ms is None else 1e3 * ms, times.ratio(way, LIGHTNING)]
+        rows.append([*row, times.ratio(way, MINNORM)])
+    table(["way", "ms a step", "× plain Lightning", "× rows"], rows)
     notes(times.reasons)
     return times
 

@@ -106,9 +106,7 @@ def transformer(layers: int, width: int, heads: int) -> Trunk:
     """An encoder, and the mean over its sequence. No dropout: every way takes the same step."""
 
     def make() -> tuple[nn.Module, int]:
-        layer = nn.TransformerEncoderLayer(
-            width, heads, 4 * width, dropout=0.0, batch_first=True
-        )
+        layer = nn.TransformerEncoderLayer(width, heads, 4 * width, dropout=0.0, batch_first=True)
         return nn.Sequential(nn.TransformerEncoder(layer, layers), Mean()), width
 
     return make
