@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from lightning_mtl.engine.forms.narrow import Probe
-from lightning_mtl.engine.gradients.cuts import Block, Part, blocks, parts
+from lightning_mtl.engine.gradients.cuts import Block, Part, blocks, entering, parts
 from lightning_mtl.engine.gradients.rows import TaskGradients
 from lightning_mtl.engine.gradients.task_losses import TaskLosses
 from lightning_mtl.numerics import inner
@@ -98,7 +98,7 @@ class Blocks(Probe):
     def _of(self, group: Sequence[Tensor]) -> Tensor:
         """Rows for a group, in the memory that all groups share."""
         width = _width(group)
-        return self.rows.flatten()[: self.num_tasks * width].view(self.num_tasks, width).zero_()
+        return self.rows.flatten()[: self.num_tasks * width].view(self.num_tasks, width)
 
     def _passed(
         self,
@@ -113,7 +113,7 @@ class Blocks(Probe):
         inputs: list[Any] = [*leaves, *([] if bottom is None else [bottom])]
         if output is None or not inputs:
             return [None] * len(inputs)
-        with nullcontext() if top is None else _given(top, output):
+        with nullcontext() if top is None else entering(top, output):
             grads: Sequence[Tensor | None] = torch.autograd.grad(
                 [output] if top is None else [top],
                 inputs,
@@ -128,11 +128,10 @@ class Blocks(Probe):
     def _put(row: Tensor, group: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
         offset = 0
         for parameter, grad in zip(group, grads, strict=True):
-            size = real(parameter.detach()).numel()
-            if grad is not None:
-                grad = real(grad)
-                row[offset : offset + size].view(grad.shape).copy_(grad)
-            offset += size
+            shape = real(parameter.detach()).shape
+            part = row[offset : offset + shape.numel()].view(shape)
+            part.zero_() if grad is None else part.copy_(real(grad))
+            offset += shape.numel()
 
     def finish(self) -> Tensor:
         """A column of zeros that stands for J, of which there is nothing any more."""
@@ -164,10 +163,7 @@ class Blocks(Probe):
         return weights
 
     def write_shared(self, direction: Tensor, *, every_column: bool) -> None:
-        """The weighted losses' way down the blocks, in memory that grows with them.
-
-        As in plain training, and as there it is free once the gradients are.
-        """
+        """The weighted losses' way down the blocks; memory grows on it, as in plain training."""
         output: Tensor | None = self._weighted()
         again = any(b.top is None for b in self._blocks[1:])  # from the losses once more
         parts: dict[int, tuple[Tensor, bool]] = {}
@@ -190,11 +186,10 @@ class Blocks(Probe):
         self, group: Sequence[Tensor], grads: Sequence[Tensor | None]
     ) -> dict[int, tuple[Tensor, bool]]:
         """The direction of a group, summed over ranks, and whether this one reaches each part."""
-        flat = self.rows.new_zeros(_width(group))
+        flat = self.rows.new_empty(_width(group))
         own = with_places(flat, [real(p.detach()) for p in group])
         for part, grad in zip(own, grads, strict=False):
-            if grad is not None:
-                part.copy_(real(grad))
+            part.zero_() if grad is None else part.copy_(real(grad))
         self.gradients.ranks.sum_(flat)
         triples = zip(group, own, grads, strict=False)
         return {id(p): (part, grad is not None) for p, part, grad in triples}
@@ -202,17 +197,3 @@ class Blocks(Probe):
 
 def _width(group: Sequence[Tensor]) -> int:
     return sum(real(p.detach()).numel() for p in group)
-
-
-@contextmanager
-def _given(top: GradientEdge, gradient: Tensor) -> Iterator[None]:
-    """Let a gradient enter as it is: hooks of the tensor there changed it in the block above."""
-
-    def replace(grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return tuple(gradient if i == top.output_nr else g for i, g in enumerate(grads))
-
-    handle = top.node.register_prehook(replace)
-    try:
-        yield
-    finally:
-        handle.remove()

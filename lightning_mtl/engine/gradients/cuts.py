@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -193,3 +194,17 @@ def _leaves_of(node: Any) -> list[Tensor]:
 def _all_leaves(order: Sequence[Any]) -> list[Tensor]:
     children = [child for node in order for child, _ in node.next_functions if child is not None]
     return [child.variable for child in children if hasattr(child, "variable")]
+
+
+@contextmanager
+def entering(top: GradientEdge, gradient: Tensor) -> Iterator[None]:
+    """Let a gradient enter as it is: hooks of the tensor there changed it in the block above."""
+
+    def replace(grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return tuple(gradient if i == top.output_nr else g for i, g in enumerate(grads))
+
+    handle = top.node.register_prehook(replace)
+    try:
+        yield
+    finally:
+        handle.remove()
