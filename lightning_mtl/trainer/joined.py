@@ -208,6 +208,8 @@ def _reduced(values: list[Any], reduction: Any, updates: list[int]) -> Any:
         return reduction(entries) if entries and reduction is not None else entries
     if reduction is dim_zero_cat:
         return dim_zero_cat(values)
+    if all(value.numel() == 1 for value in values):  # some metrics add a dimension on the way
+        values = list(torch.broadcast_tensors(*values))
     stacked = torch.stack(values)
     if reduction is dim_zero_mean:  # over updates, as within one process
         share = torch.tensor(updates, dtype=torch.float64) / sum(updates)
