@@ -31,7 +31,7 @@ def _seed():
 _FSDP2 = hasattr(torch.cpu.Stream, "record_event")
 
 
-# Rooms whose files take longest. They come first, so that no process has a long one left at the end.
+# Rooms whose files take longest come first, so that no process has a long one left at the end.
 _LONGEST = ["ranks", "compare", "ported", "trainer", "engine"]
 
 

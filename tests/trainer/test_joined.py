@@ -11,7 +11,7 @@ from lightning_mtl.trainer.joined import compute, state_of
 
 
 class Growing(Metric):
-    """A mean whose state has another dimension from the second update on, as in torchmetrics 1.3."""
+    """A mean whose state has another shape after an update, as in torchmetrics 1.3."""
 
     total: Tensor
     number: Tensor
