@@ -170,7 +170,8 @@ def test_resumes_bit_for_bit(tmp_path: Path, model: Any, stop: int) -> None:
     assert same(parameters(again), parameters(whole))
 
 
-def test_behind_a_representation_it_is_said_once() -> None:
+@pytest.mark.parametrize("level", ["representation", "representation+1", "representation+2"])
+def test_behind_a_representation_it_is_said_once(level: str) -> None:
     class Marked(Skipping):
         def task_losses(self, batch: Any, batch_idx: int) -> Any:
             x, targets = batch
@@ -183,7 +184,7 @@ def test_behind_a_representation_it_is_said_once() -> None:
 
     module = Marked()
     with pytest.warns(UserWarning, match="turned out to be shared after the first step") as told:
-        fitted(module, batches(6), [MinNorm(gradients="representation")])
+        fitted(module, batches(6), [MinNorm(gradients=level)])
     (message,) = [str(w.message) for w in told if "turned out" in str(w.message)]
     assert message.startswith(f"{list(LATE)} turned out")
     assert "Name them in `shared_parameters()`" in message

@@ -23,6 +23,7 @@ from lightning_mtl import (
     FairGrad,
     GradVac,
     MinNorm,
+    MTAdam,
     NashMTL,
     PCGrad,
     SDMGrad,
@@ -139,7 +140,15 @@ def test_rows_that_differ_by_rounding_count_as_parallel(make: Callable[[], Any])
 
 @pytest.mark.parametrize("ratio", [1e10, 1e30, 1e38])
 @pytest.mark.parametrize(
-    "make", [ConFIG, lambda: PCGrad(order="ascending"), CentralDirection, UPGrad]
+    "make",
+    [
+        ConFIG,
+        lambda: PCGrad(order="ascending"),
+        CentralDirection,
+        UPGrad,
+        GradVac,
+        MTAdam,
+    ],
 )
 def test_norms_many_orders_apart(make: Callable[[], Any], ratio: float) -> None:
     small, large = 1 / ratio**0.5, ratio**0.5

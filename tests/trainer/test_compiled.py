@@ -76,7 +76,7 @@ def test_the_same_parameters(make: Any, name: str) -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("way", ["a whole graph", "twice", "parts"])
+@pytest.mark.parametrize("way", ["a whole graph", "twice", "parts", "in place"])
 def test_other_ways(way: str) -> None:
     expected = fitted(Own(), [MinNorm()], 1 + (way == "twice"))
     module: Any = Own()
@@ -84,6 +84,8 @@ def test_other_ways(way: str) -> None:
     if way == "parts":
         module.net.trunk = torch.compile(module.net.trunk, backend=backend)
         module.task_losses = torch.compile(module.task_losses, backend=backend)
+    elif way == "in place":
+        module.compile(backend=backend)
     else:
         module = torch.compile(module, backend=backend, fullgraph=way == "a whole graph")
     found = fitted(module, [MinNorm()], 1 + (way == "twice"))
