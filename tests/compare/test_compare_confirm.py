@@ -25,7 +25,7 @@ MADE = ("summary.csv", "baseline.json", "report.html", "runs.png")
 
 @pytest.mark.slow
 def test_killed_while_it_confirms_it_ends_with_the_same_answer(tmp_path: Path, monkeypatch, capsys):
-    options = [*files(tmp_path, BALANCERS)[:-1], "2", "--confirm", "3"]
+    options = [*files(tmp_path, BALANCERS), "--seeds", "2", "--confirm", "3"]
     plan = tmp_path / "out" / "confirm.json"
     process = start(tmp_path, options)
     until(lambda: plan.exists() and "10001" in printed(tmp_path), "a fresh run")
