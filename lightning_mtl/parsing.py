@@ -119,9 +119,12 @@ def hint(message: str) -> str | None:
         module, name = found.groups()
         if near := _near(name, list(vars(_imported(module)))):
             return f"{where}`{module}` has no class `{name}`.{near}"
-    pattern = r"class_path '([\w.]+)\.(\w+)':\s+Option '(\w+)' is not accepted"
+    # In releases before 4.40 it is a key that is not expected.
+    refused = r"(?:Option '(\w+)' is not accepted|Validation failed: Key '(\w+)' is not expected)"
+    pattern = rf"class_path '([\w.]+)\.(\w+)':\s+{refused}"
     if found := re.search(pattern, message):
-        module, name, option = found.groups()
+        module, name, *options = found.groups()
+        option = next(o for o in options if o)
         given = list(inspect.signature(getattr(_imported(module), name)).parameters)
         return (
             f"{where}`{name}` has no argument `{option}`.{_near(option, given)} Its arguments are "

@@ -60,6 +60,8 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 # Modules whose losses take gradients themselves, which needs a graph also where we need none.
 _need_graph: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+# Modules of which it has been said that a loss was missing after a step.
+_told_of_missing: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 class Reached(BaseException):
@@ -145,12 +147,24 @@ class Changes:
 
 
 def losses_again(
-    module: TaskModule, seen: Sequence[Seen], tasks: Sequence[str], ranks: OneProcess
+    module: TaskModule,
+    seen: Sequence[Seen],
+    tasks: Sequence[str],
+    ranks: OneProcess,
+    *,
+    stepped: bool,
 ) -> Tensor:
     """Mean losses of ``tasks`` over micro-batches and ranks with the parameters of now.
 
     Shape ``(T,)``. No graph; otherwise as :func:`replayed`. A task that gives no finite loss gets
     NaN.
+
+    Args:
+        module: whose losses they are.
+        seen: the micro-batches.
+        tasks: whose losses are wanted.
+        ranks: over which they are averaged.
+        stepped: whether the step has been taken, so that a missing loss is told, once, instead.
 
     Raises:
         ValueError: a task has no loss when the batch comes again.
@@ -160,10 +174,17 @@ def losses_again(
         with _without_graph(module, micro) as losses:
             for t, task in enumerate(tasks):
                 count = 1.0
+                value = losses.get(task)
                 if module.training_tasks.index(task) in micro.tasks:
-                    value = loss_of(module, micro, losses, task)
-                else:
-                    value = losses.get(task)
+                    try:
+                        value = loss_of(module, micro, losses, task)
+                    except ValueError as error:
+                        if not stepped:
+                            raise
+                        if module not in _told_of_missing:
+                            _told_of_missing.add(module)
+                            rank_zero_warn(f"{error} Nothing is learned from such a step.")
+                        continue
                 if isinstance(value, tuple):
                     value, count = value[0], float(value[1])
                 if value is not None:

@@ -307,7 +307,8 @@ class Flow:
         after = None
         if self._again and group.seen:
             names = [tasks[t] for t in present]
-            after = losses_again(self.module, group.seen, names, self.ranks).to(losses)
+            after = losses_again(self.module, group.seen, names, self.ranks, stepped=True)
+            after = after.to(losses)
         for balancer in self._learners:
             rows, part = present, list(range(len(present)))
             if balancer is not self.loss_balancer:

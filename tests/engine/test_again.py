@@ -135,7 +135,7 @@ def test_means_over_micro_batches_with_counts_and_absent_tasks() -> None:
     assert again.tolist() == pytest.approx(second.tolist())
 
 
-def test_a_loss_that_breaks_after_the_step_is_nan_and_raises_nothing() -> None:
+def test_a_loss_that_breaks_after_the_step_is_nan_and_told_once() -> None:
     class Leaves(Balanced):
         calls = 0
 
@@ -147,7 +147,9 @@ def test_a_loss_that_breaks_after_the_step_is_nan_and_raises_nothing() -> None:
             return found
 
     learner = Learner()
-    fit(Leaves(), learner)
+    with pytest.warns(UserWarning, match=r"loss of task 'b' once more.*Nothing is learned") as told:
+        fit(Leaves(), learner)
+    assert len([w for w in told if "once more" in str(w.message)]) == 1
     assert all(after[0].isfinite() and after[1].isnan() for _, _, after in learner.told)
 
 

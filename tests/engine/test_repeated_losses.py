@@ -351,7 +351,7 @@ def test_losses_in_training_mode_only_name_the_cure(given: str) -> None:
 @pytest.mark.parametrize("given", [None, {}, "counted"])
 @pytest.mark.parametrize("balancer", [SAMO, FAMO])
 def test_losses_of_some_tasks_only_the_second_time(balancer: Any, given: Any) -> None:
-    """Neither an estimate of nothing nor weights that never learn: an error that names the task."""
+    """Neither an estimate of nothing nor weights that never learn without a word."""
 
     class Some(Balanced):
         calls = 0
@@ -365,7 +365,9 @@ def test_losses_of_some_tasks_only_the_second_time(balancer: Any, given: Any) ->
             return losses | ({"b": (None, 1)} if given else {"b": given} if given is None else {})
 
     words = r"loss of task 'b' once more for the same batch.* returned \['a'"
-    with pytest.raises(ValueError, match=words):
+    # `FAMO` asks when the step has been taken
+    told = pytest.raises(ValueError, match=words) if balancer is SAMO else pytest.warns(match=words)
+    with told:
         trainer(max_steps=1, callbacks=[balancer()]).fit(Some(), loader(8))
 
 

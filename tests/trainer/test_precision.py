@@ -202,10 +202,9 @@ class Measured(MultiTaskModule):
 @pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
 def test_metrics_of_more_samples_than_bfloat16_can_count(precision: str) -> None:
     """After 512 samples the sum of squares is 512; bfloat16 has nothing between that and 516."""
-    one, zero = torch.ones(1), torch.zeros(1)
-    samples = [(one, {"a": zero, "b": zero})] * 612
-    batches = [list(range(512)), *([i] for i in range(512, 612))]
-    data = DataLoader(samples, batch_sampler=batches)
+    sizes = [512, *[1] * 100]
+    batches = [(torch.ones(n, 1), {t: torch.zeros(n, 1) for t in "ab"}) for n in sizes]
+    data = DataLoader(batches, batch_size=None)
     module = Measured()
     run = trainer(precision=precision, limit_train_batches=1)
     for evaluate in (run.validate, run.fit, run.validate):

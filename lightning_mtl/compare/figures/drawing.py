@@ -47,6 +47,7 @@ WIDE, NARROW = 7.6, 3.9  # inches; a page picks one of both by its own width
 STYLE: Any = {
     "text.usetex": False,  # whatever the user's own settings are: names are no formulas
     "svg.fonttype": "none",
+    "svg.hashsalt": "lightning_mtl",  # else ids are drawn, and no page is made twice alike
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,

@@ -84,7 +84,8 @@ def _rises(module: TaskModule, gradients: TaskGradients, group: Group, probes: T
             for end in (probe, -probe):
                 with moved(_of_trunk(gradients, end)):
                     name = module.training_tasks[t]
-                    ends.append(losses_again(module, group.seen, [name], gradients.ranks))
+                    again = losses_again(module, group.seen, [name], gradients.ranks, stepped=False)
+                    ends.append(again)
             found.append(ends[0] - ends[1])
     finally:
         for m, training in modes:
