@@ -54,6 +54,9 @@ class Version:
 
 def serve() -> None:
     """Answer the lines of standard input; fits are made when they are first asked for."""
+    here = str(Path(__file__).parent.absolute())
+    sys.path[:] = [place for place in sys.path if str(Path(place).absolute()) != here]
+    sys.path[:0] = os.environ["PYTHONPATH"].split(os.pathsep)  # ways of that version
     from networks import MODELS as KNOWN
     from ways import FITS, balanced
 
