@@ -119,7 +119,7 @@ def hint(message: str) -> str | None:
         module, name = found.groups()
         if near := _near(name, list(vars(_imported(module)))):
             return f"{where}`{module}` has no class `{name}`.{near}"
-    # In releases before 4.40 it is a key that is not expected.
+    # The second are the words of jsonargparse 4.39.
     refused = r"(?:Option '(\w+)' is not accepted|Validation failed: Key '(\w+)' is not expected)"
     pattern = rf"class_path '([\w.]+)\.(\w+)':\s+{refused}"
     if found := re.search(pattern, message):

@@ -63,8 +63,8 @@ class Form:
 
     def add(self, losses: TaskLosses, gradients: TaskGradients, stepping: bool) -> None:
         """Take the gradients of a micro-batch."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define `add`.")
 
     def finish(self) -> None:
         """Balance what was taken, and write ``.grad``; or leave the step out."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define `finish`.")
