@@ -164,6 +164,7 @@ class Closure:
         flow.closure, manual = self, flow.module.automatic_optimization
         flow.module._automatic_optimization = False  # for `manual_backward`
         told = flow.setting.told
+        torch.clear_autocast_cache()  # it holds the weights of another moment
         try:
             with torch.enable_grad():
                 loss: Tensor = call._call_strategy_hook(

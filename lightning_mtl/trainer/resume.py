@@ -86,8 +86,10 @@ def restore_loader(trainer: Trainer) -> None:
         ended &= batches.completed == batches.ready
     if ended and all(map(_draws_from_torch, loaders)):
         # The next epoch's order and seeds follow from the random state that is back in place:
-        # Lightning drew them before that, when it set up the loaders.
-        iter(loop._data_fetcher)
+        # Lightning drew them before that, when it set up the loaders. Its first versions draw them
+        # once more where they do not count as restarting.
+        if loop.restarting or hasattr(loop, "is_resuming"):
+            iter(loop._data_fetcher)
     elif not all(hasattr(loader, "load_state_dict") for loader in loaders):
         if not batches.ready:
             return  # saved before the first batch, as searches for a learning rate do
