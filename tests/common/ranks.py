@@ -1,25 +1,24 @@
 """Many small fits in one launch of several real processes, a result file a case and rank.
 
 Starting two processes costs seconds, a fit of twenty steps a fraction of one. So one launch runs
-all cases in turn. A case that crashes or hangs is marked, and a new launch goes on from the next.
-
-``python -m tests.common.ranks FOLDER RANK WORLD PORT FIRST`` is one of the processes; tests call
-``run_cases``.
+all cases in turn, in processes that come from one which has imported everything already. A case
+that crashes or hangs is marked, and a new launch goes on from the next.
 """
 
 from __future__ import annotations
 
 import importlib
 import json
+import multiprocessing
 import os
 import socket
-import subprocess
 import sys
 import time
 import traceback
 import warnings
 from collections.abc import Sequence
 from datetime import timedelta
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -71,50 +70,48 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _launch(folder: Path, world: int, first: int) -> list[subprocess.Popen[bytes]]:
-    port = free_port()
-    processes = []
+def _launch(folder: Path, world: int, first: int) -> list[BaseProcess]:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__, "lightning_mtl"])
+    port = str(free_port())
+    processes: list[BaseProcess] = []
     for rank in range(world):
-        env = {
-            **{k: v for k, v in os.environ.items() if k != "PL_GLOBAL_SEED"},  # DDP seeds again
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "NODE_RANK": "0",
-            "LOCAL_RANK": str(rank),
-            "RANK": str(rank),
-            "WORLD_SIZE": str(world),
-            "OMP_NUM_THREADS": "1",
-        }
-        arguments = [str(folder), str(rank), str(world), str(first)]
-        with (folder / f"log.{rank}.txt").open("wb") as log:
-            processes.append(
-                subprocess.Popen(
-                    [sys.executable, "-m", "tests.common.ranks", *arguments],
-                    cwd=ROOT,
-                    env=env,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                )
-            )
+        process = context.Process(target=_start, args=(folder, rank, world, first, port))
+        process.start()
+        processes.append(process)
     return processes
 
 
+def _start(folder: Path, rank: int, world: int, first: int, port: str) -> None:
+    """As if this process had been started by hand, with its output in a file."""
+    with (folder / f"log.{rank}.txt").open("wb") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    os.chdir(ROOT)
+    os.environ.pop("PL_GLOBAL_SEED", None)  # DDP seeds again
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "NODE_RANK": "0"}
+    os.environ |= {"LOCAL_RANK": str(rank), "RANK": str(rank), "WORLD_SIZE": str(world)}
+    os.environ["OMP_NUM_THREADS"] = "1"
+    warnings.simplefilter("ignore")
+    main(folder, rank, world, first)
+
+
 def _watch(
-    folder: Path, processes: list[subprocess.Popen[bytes]], first: int, size: int, world: int
+    folder: Path, processes: list[BaseProcess], first: int, size: int, world: int
 ) -> int | None:
     """Wait for the processes; the number of the case in which one crashed or hung."""
     done, since = first, time.monotonic()
     while True:
         while done < size and all((folder / f"{done}.{r}.pt").exists() for r in range(world)):
             done, since = done + 1, time.monotonic()
-        codes = [p.poll() for p in processes]
+        codes = [p.exitcode for p in processes]
         if all(code == 0 for code in codes):
             return None
         crashed = any(code not in (None, 0) for code in codes)
         if crashed or time.monotonic() - since > PATIENCE:
             for process in processes:
                 process.kill()
-                process.wait()
+                process.join()
             return done if done < size else None
         time.sleep(0.05)
 
@@ -141,8 +138,3 @@ def main(folder: Path, rank: int, world: int, first: int) -> None:
         if any(errors) and not all(errors):
             sys.exit(1)  # the others wait in some collective: start afresh
     torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    warnings.simplefilter("ignore")
-    main(Path(sys.argv[1]), *(int(a) for a in sys.argv[2:5]))
