@@ -87,7 +87,7 @@ cost: install  ## fail when a step costs more, beside plain training, than it di
 	$(BIN)/python benchmarks/check.py
 
 bench: install  ## every figure of the documentation that is a time or a memory
-	for name in cost cheaper stale memory growth overhead solvers ranks; do \
+	for name in cost cheaper stale memory growth overhead where solvers ranks; do \
 		$(BIN)/python benchmarks/$$name.py || exit 1; done
 
 # With the Python that it is called with, which has torch for the GPU: nothing is installed or fetched.

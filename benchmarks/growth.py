@@ -1,7 +1,8 @@
 """How the cost of a MinNorm step grows with tasks, shared parameters and accumulated batches.
 
-``Trainer.fit`` with MinNorm beside plain Lightning on the same network and batch, in turn. Each
-series gets the least-squares line of its ratios; over P, of the ratio on log10 P.
+``Trainer.fit`` with MinNorm beside plain Lightning on the same network and batch, in turn, by rows
+and by blocks (which do not accumulate). Each series gets the least-squares line of its ratios with
+rows; over P, of the ratio on log10 P.
 
     python benchmarks/growth.py [--rounds 5] [--largest 1e8] [--json FILE] [--plot FILE]
 """
@@ -26,6 +27,7 @@ TASKS = (2, 3, 5, 10, 20, 50, 100)
 PARAMETERS = (1e4, 1e5, 1e6, 1e7, 1e8)
 ACCUMULATED = (1, 2, 4, 8)
 BATCH = 32
+BLOCKS = balanced(MINNORM, gradient_memory="blocks", gradient_blocks=16)
 
 
 @dataclass
@@ -73,16 +75,20 @@ def series(
         network, options = case(x)
         plain = partial(FITS[LIGHTNING], **options)
         ways = {LIGHTNING: plain, MINNORM: balanced(MINNORM, **options)}
+        if not options:
+            ways["blocks"] = BLOCKS
         times = interleaved(network, ways, rounds)
-        ms = [1e3 * statistics.median(times.seconds[way]) for way in ways]
+        ms = [1e3 * statistics.median(times.seconds[way]) for way in (LIGHTNING, MINNORM)]
         ratios.append(statistics.median(times.ratios(MINNORM, LIGHTNING)))
-        rows.append([f"{x:,.0f}", *ms, ratios[-1]])
+        by_blocks = times.ratio("blocks", LIGHTNING) if "blocks" in ways else None
+        rows.append([f"{x:,.0f}", *ms, ratios[-1], by_blocks])
     fitted = line(list(points), ratios, log=label == "P")
     print(f"### {title}\n")
-    table([label, "plain Lightning, ms", "MinNorm, ms", "ratio"], rows)
+    table([label, "plain Lightning, ms", "MinNorm, ms", "ratio", "ratio, 16 blocks"], rows)
     print(f"ratio = {fitted}\n", flush=True)
     figures = {"title": title, "label": label, "x": list(points), "ratio": ratios}
-    return {**figures, "line": fitted, "plain_ms": [r[1] for r in rows], "ms": [r[2] for r in rows]}
+    figures |= {"plain_ms": [r[1] for r in rows], "ms": [r[2] for r in rows]}
+    return {**figures, "line": fitted, "blocks": [r[4] for r in rows]}
 
 
 def main() -> None:

@@ -92,10 +92,13 @@ CASES: dict[str, Callable[[], list[Any]] | None] = {
 }
 
 
-def time_per_step(make: Callable[[], list[Any]] | None, width: int, steps: int) -> float:
+def time_per_step(
+    make: Callable[[], list[Any]] | None, width: int, steps: int, *, plain: bool | None = None
+) -> float:
     """Milliseconds of one step of ``Trainer.fit``, set-up excluded by a warm-up of the same run."""
     torch.manual_seed(0)
-    module = Plain(width) if make is None else Balanced(width)
+    plain = make is None if plain is None else plain
+    module = Plain(width) if plain else Balanced(width)
     clock = Clock(warm_up=steps // 10)
     callbacks = [clock, *(make() if make else [])]
     run = Trainer(

@@ -1,4 +1,4 @@
-"""Fits for the tests of ranks: parameters outside the module, and layers that are found late."""
+"""Fits for the tests of ranks: parameters outside the module, found late, complex or sparse."""
 
 from __future__ import annotations
 
@@ -65,11 +65,50 @@ def batches(rank: int, world: int) -> Batched:
     return Batched([(part, part.sum(1)) for part in parts])
 
 
-def fit(rank: int, world: int, name: str, sharded: bool, rule: str) -> dict[str, Any]:
+class Unusual(MultiTaskModule):
+    """A complex shared matrix, or a head with sparse gradients."""
+
+    def __init__(self, kind: str, **kwargs: Any) -> None:
+        super().__init__(tasks=("a", "b"), **kwargs)
+        torch.manual_seed(1)
+        self.trunk = nn.Linear(4, 6)
+        self.turn = (
+            nn.Parameter(torch.randn(6, 6, dtype=torch.complex64)) if "complex" in kind else None
+        )
+        self.table = nn.Embedding(8, 6, sparse=True) if "sparse" in kind else None
+        self.heads = nn.ModuleList([nn.Linear(6, 1), nn.Linear(6, 1)])
+
+    def task_losses(self, batch: Any, batch_idx: int) -> Any:
+        x, y = batch
+        z = self.trunk(x).tanh()
+        if self.turn is not None:
+            turned = z.to(self.turn.dtype) @ self.turn
+            z = turned.abs() + 0.3 * turned.imag
+        first = z if self.table is None else z + self.table((x[:, 0].abs() * 4).long().clamp(max=7))
+        found = [head(z).squeeze(-1) for head, z in zip(self.heads, (first, z), strict=True)]
+        return {
+            t: (f - y * (-1) ** i).square().mean()
+            for i, (t, f) in enumerate(zip("ab", found, strict=True))
+        }
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.05)
+
+    def all(self) -> Tensor:
+        parts = [torch.view_as_real(p) if p.is_complex() else p for p in self.parameters()]
+        return torch.cat([p.detach().flatten() for p in parts])
+
+
+def fit(
+    rank: int, world: int, name: str, sharded: bool, rule: str, kind: str = ""
+) -> dict[str, Any]:
     """A fit of six batches."""
     balancers = BALANCERS[name]()
     # Without a balancer a task that a rank has not is a zero loss, unless labels are counted.
-    module = Late(rank, world, name == "none", shard_gradients=sharded, on_bad_loss=rule)
+    options: dict[str, Any] = {"shard_gradients": sharded, "on_bad_loss": rule}
+    module: Any = Late(rank, world, name == "none", **options)
+    if kind:
+        module = Unusual(kind, **options)
     strategy: Any = DDPStrategy() if world > 1 else "auto"
     flags = {"devices": world, "strategy": strategy, "use_distributed_sampler": False}
     run = trainer(callbacks=balancers, **flags)

@@ -1,4 +1,4 @@
-"""Two processes: parameters outside the module, and layers that are found late, as in one."""
+"""Two processes: parameters outside the module, found late, complex or sparse, as in one."""
 
 from __future__ import annotations
 
@@ -19,12 +19,16 @@ CASES = [
     ("MinNorm", False, "ignore"),
     ("DualBalance", False, "ignore"),
 ]
+UNUSUAL = [("none", False), ("MinNorm", False), ("MinNorm", True), ("last layer", False)]
+COMPLEX = [(*case, "raise", "complex") for case in [*UNUSUAL, ("DualBalance", False)]]
+SPARSE = [(*case, "raise", "sparse") for case in UNUSUAL]
+ALL = [*CASES, *COMPLEX, *SPARSE]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     found = tmp_path_factory.mktemp("found")
-    run_cases(found, [json.dumps(case) for case in CASES], "tests.ranks.found_cases:run")
+    run_cases(found, [json.dumps(case) for case in ALL], "tests.ranks.found_cases:run")
     return found
 
 
@@ -40,3 +44,20 @@ def test_two_ranks_train_as_one(folder: Path, number: int) -> None:
         assert first["shared"][-2:] == ["late.weight", "late.bias"]
     torch.testing.assert_close(first["weights"], alone["weights"], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(first["state"], alone["state"], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", COMPLEX, ids=lambda case: f"{case[0]} {case[1]}")
+def test_complex_parameters(folder: Path, case: Any) -> None:
+    first, second = (result(folder, ALL.index(case), rank) for rank in (0, 1))
+    alone = fit(0, 1, *case)
+    assert torch.equal(first["weights"], second["weights"])
+    torch.testing.assert_close(first["weights"], alone["weights"], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", SPARSE, ids=lambda case: f"{case[0]} {case[1]}")
+def test_sparse_gradients_are_refused_on_both(folder: Path, case: Any) -> None:
+    for rank in (0, 1):
+        with pytest.raises(
+            AssertionError, match=r"found sparse ones of \['table.weight'\]. Use nn"
+        ):
+            result(folder, ALL.index(case), rank)
