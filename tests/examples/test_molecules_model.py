@@ -1,21 +1,17 @@
 """examples/molecules: the published network, errors in units, the schedule, configurations."""
 
-import subprocess
-import sys
-from itertools import chain
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from lightning.pytorch import Callback, seed_everything
 
-import lightning_mtl
 from examples import molecules
 from examples.molecules import convert
 from examples.molecules.data import TARGETS, MoleculesDataModule
 from examples.molecules.model import Molecules
 from tests.common.models import resume_from, trainer
+from tests.examples.configurations import rows_of, trained_by_the_command, two_steps
 from tests.examples.molecules import module, package
 
 FOLDER = Path(molecules.__file__).parent
@@ -141,51 +137,18 @@ def test_there_are_the_configurations():
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_configuration_takes_two_steps(name, root, tmp_path):
-    from lightning_mtl.cli import MultiTaskCLI
-
-    text = yaml.safe_load((FOLDER / name).read_text())
-    text["data"]["init_args"] |= {"root": str(root), "held_out": 6, "batch_size": 6, "workers": 0}
-    text["trainer"] |= {
-        "accelerator": "cpu",
-        "max_steps": 2,
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "default_root_dir": str(tmp_path),
-        "callbacks": [{"class_path": "DualBalance"}],
-    }
-    config = tmp_path / name
-    config.write_text(yaml.safe_dump(text))
-    cli = MultiTaskCLI(["--config", str(config)], run=False, save_config_callback=None)
+    data = {"root": str(root), "held_out": 6, "batch_size": 6, "workers": 0}
+    callbacks = [{"class_path": "DualBalance"}]
+    cli = two_steps(FOLDER / name, tmp_path, model={}, data=data, callbacks=callbacks)
     assert isinstance(cli.model, Molecules)
     assert isinstance(cli.datamodule, MoleculesDataModule)
-    cli.trainer.fit(cli.model, datamodule=cli.datamodule)
-    assert cli.trainer.global_step == 2
 
 
 def test_balancers_are_the_methods_of_the_paper():
-    rows = yaml.safe_load((FOLDER / "balancers.yaml").read_text())
-    assert len(rows) == 21
-    for callback in chain.from_iterable(rows.values()):
-        cls = getattr(lightning_mtl, callback["class_path"])
-        assert isinstance(cls(**callback.get("init_args", {})), lightning_mtl.Balancer)
+    assert len(rows_of(FOLDER / "balancers.yaml")) == 21
 
 
 @pytest.mark.slow  # a process of its own, with all that it imports
 def test_the_command_trains_from_the_files(root, tmp_path):
-    text = yaml.safe_load((FOLDER / "small.yaml").read_text())
-    text["data"]["init_args"] |= {"root": str(root), "held_out": 6, "batch_size": 6}
-    text["trainer"] |= {"max_epochs": 1, "default_root_dir": str(tmp_path)}
-    (tmp_path / "small.yaml").write_text(yaml.safe_dump(text))
-    command = [sys.executable, "-m", "lightning_mtl", "fit"]
-    options = ["--config", str(tmp_path / "small.yaml"), "--trainer.callbacks+=DualBalance"]
-    run = subprocess.run(
-        [*command, *options],
-        capture_output=True,
-        text=True,
-        cwd=FOLDER.parents[1],
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
-    assert list(tmp_path.rglob("*.ckpt"))
+    data = {"root": str(root), "held_out": 6, "batch_size": 6}
+    trained_by_the_command(FOLDER / "small.yaml", tmp_path, data, max_epochs=1)

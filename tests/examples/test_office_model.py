@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -11,13 +10,13 @@ import yaml
 from lightning.pytorch import seed_everything
 from torchvision.models import ResNet18_Weights
 
-import lightning_mtl
 from examples import office
 from examples.office.data import OfficeDataModule
 from examples.office.files import DomainImages
 from examples.office.model import Office
 from lightning_mtl import DualBalance
 from tests.common.models import trainer
+from tests.examples.configurations import rows_of, two_steps
 from tests.examples.office import DOMAINS, module, written
 
 FOLDER = Path(office.__file__).parent
@@ -175,32 +174,13 @@ def test_there_are_the_configurations_of_the_paper():
     [pytest.param(name, marks=[pytest.mark.slow] * (name in LARGE)) for name in CONFIGS],
 )
 def test_a_configuration_takes_two_steps(name, root, tmp_path):
-    from lightning_mtl.cli import MultiTaskCLI
-
-    text = yaml.safe_load((FOLDER / name).read_text())
-    text["model"]["init_args"].pop("weights", None)  # nothing is downloaded
-    text["model"]["init_args"] |= {"domains": list(DOMAINS), "classes": 10}
-    text["data"]["init_args"] |= {"root": str(root), "domains": list(DOMAINS), "classes": 10}
-    text["data"]["init_args"] |= {"splits": str(root), "batch_size": 2, "workers": 0}
-    text["trainer"] |= {
-        "accelerator": "cpu",
-        "max_steps": 2,
-        "limit_val_batches": 1,
-        "num_sanity_val_steps": 0,
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "default_root_dir": str(tmp_path),
-        "callbacks": [{"class_path": "DualBalance"}],
-    }
-    config = tmp_path / name
-    config.write_text(yaml.safe_dump(text))
-    cli = MultiTaskCLI(["--config", str(config)], run=False, save_config_callback=None)
+    sizes = {"domains": list(DOMAINS), "classes": 10}
+    data = {**sizes, "root": str(root), "splits": str(root), "batch_size": 2, "workers": 0}
+    callbacks = [{"class_path": "DualBalance"}]
+    more = {"limit_val_batches": 1, "callbacks": callbacks}
+    cli = two_steps(FOLDER / name, tmp_path, model=sizes, data=data, **more)
     assert isinstance(cli.model, Office)
     assert isinstance(cli.datamodule, OfficeDataModule)
-    cli.trainer.fit(cli.model, datamodule=cli.datamodule)
-    assert cli.trainer.global_step == 2
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -212,12 +192,9 @@ def test_model_and_data_of_a_configuration_agree(name):
 
 @pytest.mark.parametrize(("name", "count"), [*zip(METHODS, (21, 6, 19), strict=True)])
 def test_rows_are_balancers(name, count):
-    rows = yaml.safe_load((FOLDER / name).read_text())
+    rows = rows_of(FOLDER / name)
     assert len(rows) == count
     assert len({json.dumps(row) for row in rows.values()}) == count
-    for callback in chain.from_iterable(rows.values()):
-        cls = getattr(lightning_mtl, callback["class_path"])
-        assert isinstance(cls(**callback.get("init_args", {})), lightning_mtl.Balancer)
 
 
 def test_rates_of_figure_5_are_those_of_their_names():

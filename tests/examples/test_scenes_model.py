@@ -1,10 +1,7 @@
 """examples/scenes: networks, what tasks share in them, training, configurations, the command."""
 
 import dataclasses
-import subprocess
-import sys
 from argparse import Namespace
-from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -22,6 +19,7 @@ from examples.scenes.model import Scenes
 from lightning_mtl import DualBalance, GradientMonitor
 from lightning_mtl.compare.request import Request
 from tests.common.models import trainer
+from tests.examples.configurations import rows_of, trained_by_the_command, two_steps
 from tests.examples.scenes import HEIGHT, WIDTH, module, written
 
 FOLDER = Path(scenes.__file__).parent
@@ -226,37 +224,12 @@ def test_there_are_the_configurations_of_the_paper():
     "name",
     [pytest.param(name, marks=[pytest.mark.slow] * (name in LARGE)) for name in CONFIGS],
 )
-def test_a_configuration_takes_two_steps(name, root, tmp_path, monkeypatch):
-    from lightning_mtl.cli import MultiTaskCLI
-
-    text = yaml.safe_load((FOLDER / name).read_text())
-    text["model"]["init_args"].pop("weights", None)  # nothing is downloaded
-    text["model"]["init_args"]["classes"] = 4
-    text["data"]["init_args"] |= {
-        "root": str(root),
-        "classes": 4,
-        "batch_size": 2,
-        "workers": 0,
-        "held_out": 0,
-    }
-    text["trainer"] |= {
-        "accelerator": "cpu",
-        "max_steps": 2,
-        "limit_val_batches": 1,
-        "num_sanity_val_steps": 0,
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "default_root_dir": str(tmp_path),
-    }
-    config = tmp_path / name
-    config.write_text(yaml.safe_dump(text))
-    cli = MultiTaskCLI(["--config", str(config)], run=False, save_config_callback=None)
+def test_a_configuration_takes_two_steps(name, root, tmp_path):
+    data = {"root": str(root), "classes": 4, "batch_size": 2, "workers": 0, "held_out": 0}
+    path = FOLDER / name
+    cli = two_steps(path, tmp_path, model={"classes": 4}, data=data, limit_val_batches=1)
     assert isinstance(cli.model, Scenes)
     assert isinstance(cli.datamodule, ScenesDataModule)
-    cli.trainer.fit(cli.model, datamodule=cli.datamodule)
-    assert cli.trainer.global_step == 2
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -268,14 +241,8 @@ def test_model_and_data_of_a_configuration_agree(name):
 
 
 def test_balancers_are_the_methods_of_the_paper():
-    import lightning_mtl
-
-    rows = yaml.safe_load((FOLDER / "balancers.yaml").read_text())
-    *paper, fixed = rows
+    *paper, fixed = rows_of(FOLDER / "balancers.yaml")
     assert (len(paper), fixed) == (21, "normal x3")
-    for callback in chain.from_iterable(rows.values()):
-        cls = getattr(lightning_mtl, callback["class_path"])
-        assert isinstance(cls(**callback.get("init_args", {})), lightning_mtl.Balancer)
 
 
 @pytest.mark.parametrize("path", sorted((FOLDER / "studies").glob("*.yaml")), ids=lambda p: p.stem)
@@ -294,21 +261,7 @@ def test_a_study_is_one_command(path, root, tmp_path, monkeypatch):
 
 @pytest.mark.slow  # a process of its own, with all that it imports
 def test_the_command_trains_from_the_files(root, tmp_path):
-    text = yaml.safe_load((FOLDER / "smoke.yaml").read_text())
-    text["data"]["init_args"]["root"] = str(root)
-    text["trainer"] |= {"max_steps": 1, "default_root_dir": str(tmp_path)}
-    (tmp_path / "smoke.yaml").write_text(yaml.safe_dump(text))
-    command = [sys.executable, "-m", "lightning_mtl", "fit"]
-    options = ["--config", str(tmp_path / "smoke.yaml"), "--trainer.callbacks+=DualBalance"]
-    run = subprocess.run(
-        [*command, *options],
-        capture_output=True,
-        text=True,
-        cwd=FOLDER.parents[1],
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
-    assert list(tmp_path.rglob("*.ckpt"))
+    trained_by_the_command(FOLDER / "smoke.yaml", tmp_path, {"root": str(root)}, max_steps=1)
 
 
 # ------------------------------------------------------------------------ cost
