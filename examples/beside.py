@@ -2,7 +2,7 @@
 
 ``python -m examples.beside --results office_results --tables "table 4, Office-31"`` prints the rows
 that `lightning-mtl compare` wrote and that the paper has too, as Markdown, with Spearman's rank
-correlation of both columns of Δp. The printed tables are in `published.json`.
+correlation of both columns of Δp and its interval. The printed tables are in `published.json`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import math
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -56,6 +58,18 @@ def correlation(found: dict[str, float], other: dict[str, float]) -> tuple[float
     return float(result.statistic), float(result.pvalue), len(both)
 
 
+def interval(rho: float, count: int) -> tuple[float, float]:
+    """Where Spearman's correlation may be, 95 %: Fisher's z with a variance of Bonett and Wright.
+
+    *Sample size requirements for estimating Pearson, Kendall and Spearman correlations*,
+    Psychometrika 65, 2000.
+    """
+    if count < 4 or abs(rho) == 1:
+        return -1.0, 1.0
+    reach = 1.96 * math.sqrt((1 + rho**2 / 2) / (count - 3))
+    return math.tanh(math.atanh(rho) - reach), math.tanh(math.atanh(rho) + reach)
+
+
 def beside(folder: Path, tables: Sequence[str]) -> str:
     """Both in Markdown, and a line a table on how they agree."""
     theirs = {table: printed(table) for table in tables}
@@ -65,12 +79,10 @@ def beside(folder: Path, tables: Sequence[str]) -> str:
         for column in rows[0]
         if column.endswith(" mean") and "/" in column and not column.startswith("delta_p")
     ]
-    header = [
-        "method",
-        *(c.removesuffix(" mean").partition("/")[0] for c in metrics),
-        "Δp",
-        *tables,
-    ]
+    names = [c.removesuffix(" mean").partition("/")[::2] for c in metrics]
+    of_task = Counter(task for task, _ in names)
+    titles = [task if of_task[task] == 1 else f"{task} {metric}" for task, metric in names]
+    header = ["method", *titles, "Δp", *tables]
     lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
     ours: dict[str, float] = {}
     for row in rows:
@@ -86,7 +98,11 @@ def beside(folder: Path, tables: Sequence[str]) -> str:
         lines.append(f"| {' | '.join([row['method'], *cells, gain, *known])} |")
     for table in tables:
         rho, p, count = correlation(ours, theirs[table])
-        lines.append(f"\n{table}: Spearman's ρ {rho:+.2f} over {count} methods (p = {p:.2f})")
+        low, high = interval(rho, count)
+        lines.append(
+            f"\n{table}: Spearman's ρ {rho:+.2f} over {count} methods "
+            f"(95 % interval {low:+.2f} to {high:+.2f}, p = {p:.2f})"
+        )
     return "\n".join(lines)
 
 

@@ -6,3 +6,4 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT / "tests" / "data"
+PUBLISHED = ROOT / "examples" / "published.json"  # tables as printed

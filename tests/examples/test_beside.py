@@ -56,7 +56,7 @@ def test_printed_tables_are_without_single_tasks():
     ("gains", "tables", "message"),
     [
         (None, [TABLE], "summary.csv of `lightning-mtl compare"),
-        ({"GLS": 1.0}, ["table 9"], "a table of ['table 2'"),
+        ({"GLS": 1.0}, ["table 9"], "a table of ['table 1', 'table 2'"),
         ({"GLS": 1.0, "other": 2.0}, [TABLE], "three methods or more in both tables"),
     ],
 )
@@ -66,3 +66,17 @@ def test_what_cannot_be_compared_is_refused(tmp_path, gains, tables, message, ca
     with pytest.raises(SystemExit):
         beside.main(["--results", str(tmp_path), "--tables", *tables])
     assert message in capsys.readouterr().err
+
+
+def test_the_interval_of_a_correlation():
+    """Of 0.8 in 20 pairs; no interval where it cannot be told."""
+    assert beside.interval(0.8, 20) == pytest.approx((0.5023, 0.9283), abs=1e-3)
+    assert beside.interval(1.0, 20) == beside.interval(0.3, 3) == (-1.0, 1.0)
+
+
+def test_metrics_of_a_task_have_their_names(tmp_path):
+    with (written(tmp_path, {}) / "summary.csv").open("w", encoding="utf-8") as file:
+        file.write("method,kind,a/IoU mean,a/Acc mean,b/Error mean,delta_p mean,delta_p std\n")
+        file.writelines(f"{m},balancer,1,2,3,{g},\n" for g, m in enumerate(("GLS", "UW", "RLW")))
+    first = beside.beside(tmp_path, [TABLE]).splitlines()[0]
+    assert first == f"| method | a IoU | a Acc | b | Δp | {TABLE} |"
