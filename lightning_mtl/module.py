@@ -123,7 +123,8 @@ class MultiTaskModule(TaskModule):
             and with them state as large as they are; every row travels there. ``"blocks"``: those
             of a part of the parameters at a time, for methods with weights from the Gramian; the
             weights are exact, and one more backward pass is taken. docs/cost.md has the prices.
-        gradient_blocks: in about how many parts ``"blocks"`` takes the shared parameters.
+        gradient_blocks: in about how many parts ``"blocks"`` takes the shared parameters, or more
+            where they cost nothing.
         delta_p_metrics: for modules with their own loop, ``{task: {logged name: higher is
             better}}``.
     """

@@ -290,12 +290,21 @@ def wanted(net: Net) -> set[int]:
 @pytest.mark.parametrize(("kind", "number"), [(Mlp, 5), (Residual, 3), (UNet, 1), (Dense, 1)])
 def test_a_chain_is_cut_where_all_paths_pass(kind: Callable[[], Net], number: int) -> None:
     net = kind()
-    made = blocks(parts(list(net(torch.randn(5, 6)).values())), wanted(net), 99)
+    made = blocks(parts(list(net(torch.randn(5, 6)).values())), wanted(net), 99, len(TASKS))
     assert sum(block.top is not None for block in made) + 1 >= number
     tops = [block.top for block in made[1:]]
     assert [block.bottom for block in made[:-1]] == tops  # one goes on where the other ended
     once = [id(p) for block in made for group in block.groups for p in group]
     assert sorted(once) == sorted(wanted(net))
+
+
+@pytest.mark.parametrize(("width", "tasks", "number"), [(512, 1, 4), (256, 4, 4), (256, 2, 2)])
+def test_rows_of_a_block_stay_in_the_cache(width: int, tasks: int, number: int) -> None:
+    """Where parts end they cost no pass, so that one block is asked for and more are made."""
+    layers = nn.Sequential(*[nn.Linear(width, width) for _ in range(4)])
+    loss = layers(torch.randn(2, width)).square().mean()
+    found = {id(p) for p in layers.parameters()}
+    assert len(blocks(parts([loss]), found, 1, tasks)) == number
 
 
 class Graph(Net):
@@ -353,7 +362,7 @@ def test_random_graphs(seed: int) -> None:
     _, rows = fitted(kind, "full")
     for expected, record in zip(rows, records, strict=True):
         torch.testing.assert_close(record.gramian, expected.gramian, rtol=1e-12, atol=0)
-    made = blocks(parts(losses), {id(p) for p in inside}, 6)
+    made = blocks(parts(losses), {id(p) for p in inside}, 6, len(TASKS))
     once = [id(p) for block in made for group in block.groups for p in group]
     assert len(once) == len(set(once))
     reached = {

@@ -31,7 +31,7 @@ class Blocks(Probe):
 
     Args:
         gradients: layout and head gradients.
-        number: of blocks, about.
+        number: of blocks, about and at least.
         scale: what losses are multiplied by against underflow in half precision.
     """
 
@@ -84,7 +84,7 @@ class Blocks(Probe):
         wanted = {id(p) for p in self.shared}
         for part in found:
             part.used = [leaf for leaf in part.used if id(leaf) in self.names]
-        plan = blocks(found, wanted, self.number)
+        plan = blocks(found, wanted, self.number, self.num_tasks)
         ranks = self.gradients.ranks
         if not ranks.alone:
             told = repr([[self.names[id(p)] for p in g] for block in plan for g in block.groups])
@@ -92,7 +92,7 @@ class Blocks(Probe):
             ends = ranks.max_(torch.tensor([number, -number], dtype=torch.float64).to(ranks.device))
             if ends.sum() != 0:
                 every = Part(None, 0, [*self.shared, *known.values()])
-                return blocks([every], wanted, self.number)
+                return blocks([every], wanted, self.number, self.num_tasks)
         return plan
 
     def _of(self, group: Sequence[Tensor]) -> Tensor:

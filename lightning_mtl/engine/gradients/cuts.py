@@ -14,6 +14,8 @@ from torch.autograd.graph import GradientEdge
 
 from lightning_mtl.numerics.flat import real
 
+_CACHED = 1 << 18  # numbers: 1 MB in float32
+
 
 @dataclass
 class Part:
@@ -102,8 +104,11 @@ class Block:
         return len(self.groups) > 1
 
 
-def blocks(found: Sequence[Part], wanted: Collection[int], number: int) -> list[Block]:
-    """Put parts together to about ``number`` blocks of equal size.
+def blocks(found: Sequence[Part], wanted: Collection[int], number: int, tasks: int) -> list[Block]:
+    """Put parts together to ``number`` blocks of equal size or more.
+
+    More than ``number`` cost no pass where parts end, and rows that stay in the cache are the
+    faster for it; a part that is larger is divided by passes of its own.
 
     A leaf that is used in several blocks comes last, by passes from the losses, since a pass
     through one block has a part of its gradient only.
@@ -111,13 +116,15 @@ def blocks(found: Sequence[Part], wanted: Collection[int], number: int) -> list[
     Args:
         found: see :func:`parts`.
         wanted: ids of the leaves whose rows are wanted.
-        number: of blocks.
+        number: of blocks, about and at least.
+        tasks: how many rows a block has.
     """
     every = {id(leaf): leaf for part in found for leaf in part.used}
     size = {i: _size(leaf) for i, leaf in every.items() if i in wanted}
     # A leaf is never divided, and a small one beside a large one, its bias say, costs no pass.
     widest = max(sum(size.values()) / number, *size.values(), 0)
     widest += min(widest / 4, max(widest / 16, 1 << 14))
+    enough = _CACHED // tasks
     tops, width, choice = [0], 0, 0  # where blocks begin; `choice`: where the next one may
     for i, part in enumerate(found):
         more = sum(size.get(i, 0) for i in {id(leaf) for leaf in part.used})
@@ -127,7 +134,7 @@ def blocks(found: Sequence[Part], wanted: Collection[int], number: int) -> list[
             continue
         if choice <= tops[-1] or part.width <= found[choice].width:
             choice = i
-        if width and width + more > widest and choice > tops[-1]:
+        if width and (width >= enough or width + more > widest) and choice > tops[-1]:
             tops.append(choice)
             width = 0
         width, choice = width + more, 0
