@@ -252,11 +252,15 @@ class Module(MultiTaskModule):
         return torch.optim.SGD(self.parameters(), lr=1e-3, momentum=0.9)
 
 
-def fitted(kind: Callable[[], Net], memory: str, number: int = 4) -> tuple[Tensor, list[Any]]:
+def fitted(
+    kind: Callable[[], Net], memory: str, number: int = 4, *, compiled: bool = False, **flags: Any
+) -> tuple[Tensor, list[Any]]:
     module, seen = Module(kind, gradient_memory=memory, gradient_blocks=number), Observer()
+    if compiled:
+        module.net.compile(backend="aot_eager")
     generator = torch.Generator().manual_seed(0)
     data = Batched(torch.randn(4, 5, 6, dtype=torch.float64, generator=generator))
-    trainer(callbacks=[MinNorm(), seen], precision="64-true").fit(module, data)
+    trainer(callbacks=[MinNorm(), seen], precision="64-true", **flags).fit(module, data)
     return torch.cat([p.detach().flatten() for p in module.net.parameters()]), seen.records
 
 
@@ -271,6 +275,15 @@ def test_weights_and_directions_of_all_rows(kind: Callable[[], Net], number: int
         torch.testing.assert_close(record.gramian, expected.gramian, rtol=1e-12, atol=0)
         close = {"rtol": 1e-9, "atol": 1e-12}
         torch.testing.assert_close(record.gradient_weights, expected.gradient_weights, **close)
+    torch.testing.assert_close(found, whole, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:Backward passes are repeated")
+@pytest.mark.parametrize("flags", [{"detect_anomaly": True}, {"compiled": True}], ids=str)
+@pytest.mark.parametrize("kind", [Mlp, Residual, UNet])
+def test_under_anomaly_detection_and_compiled(kind: Callable[[], Net], flags: Any) -> None:
+    torch._dynamo.reset()
+    (whole, _), (found, _) = fitted(kind, "full"), fitted(kind, "blocks", **flags)
     torch.testing.assert_close(found, whole, rtol=1e-12, atol=1e-12)
 
 
