@@ -35,6 +35,8 @@ class Walk(Callback):
 
     def __init__(self) -> None:
         self.files: list[str] = []
+        self.read: list[str] = []  # files of functions that are new
+        self.known: set[Any] = set()
 
     def note(self, frame: Any, event: str, arg: Any) -> None:
         """Python's profiler calls this at every call and return."""
@@ -45,8 +47,10 @@ class Walk(Callback):
         file = "" if frame is None else frame.f_code.co_filename
         if file.startswith(PACKAGE) and "_balancers" not in file:
             name = file[len(PACKAGE) + 1 :]
-            if not self.files or self.files[-1] != name:
-                self.files.append(name)
+            enter(self.files, name)
+            if event == "call" and frame.f_code not in self.known:
+                self.known.add(frame.f_code)
+                enter(self.read, name)
 
     def on_train_batch_start(self, trainer: Trainer, module: Any, batch: Any, step: int) -> None:
         """Begin."""
@@ -58,7 +62,13 @@ class Walk(Callback):
         sys.setprofile(None)
 
 
-def walked(balancer: str) -> list[str]:
+def enter(files: list[str], name: str) -> None:
+    """Note a file unless one is in it already."""
+    if not files or files[-1] != name:
+        files.append(name)
+
+
+def walked(balancer: str) -> Walk:
     """The files of one step, in their order."""
     model, walk = MODELS["tiny MLP, T=2"], Walk()
     callbacks = [walk] if balancer == "no balancer" else [walk, getattr(lightning_mtl, balancer)()]
@@ -72,7 +82,7 @@ def walked(balancer: str) -> list[str]:
         enable_model_summary=False,
     )
     trainer.fit(Balanced(model.network()), DataLoader([model.batch()] * (STEP + 1), None))
-    return walk.files
+    return walk
 
 
 def main() -> None:
@@ -82,11 +92,15 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     for balancer in BALANCERS:
-        files = walked(balancer)
-        back = len(files) - len(set(files))
-        print(f"{balancer}: {len(set(files))} files, {len(files) - 1} walks, {back} of them back")
+        walk = walked(balancer)
+        print(f"{balancer}: {told(walk.files)}; read once: {told(walk.read)}")
         if args.way:
-            print("  " + " > ".join(files))
+            print("  " + " > ".join(walk.read))
+
+
+def told(files: list[str]) -> str:
+    number = len(set(files))
+    return f"{number} files, {len(files) - 1} walks, {len(files) - number} of them back"
 
 
 if __name__ == "__main__":
