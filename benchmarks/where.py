@@ -2,7 +2,7 @@
 
 Functions are wrapped for one fit of the tiny network of `overhead.py`, and what one takes is its
 own processor time, without that of wrapped functions inside it. Fits of all kinds take turns; a
-figure is the median over the steps of the fastest round. A wrapper itself takes about a
+figure is the least of the rounds' medians over steps. A wrapper itself takes about a
 microsecond, which is counted where it is called from.
 
     python benchmarks/where.py [--rounds 5]
@@ -137,9 +137,8 @@ def measure(rounds: int) -> dict[str, dict[str, float]]:
     found: dict[str, dict[str, float]] = {}
     for _ in range(rounds):
         for way in WAYS:
-            again = one(way)
-            if way not in found or sum(again.values()) < sum(found[way].values()):
-                found[way] = again
+            again, before = one(way), found.get(way, {})
+            found[way] = {part: min(time, before.get(part, time)) for part, time in again.items()}
     return found
 
 
