@@ -183,7 +183,7 @@ def losses_again(
                             raise
                         if module not in _told_of_missing:
                             _told_of_missing.add(module)
-                            rank_zero_warn(f"{error} Nothing is learned about it from such a batch.")
+                            rank_zero_warn(f"{error} Nothing is learned about it from that batch.")
                         continue
                 if isinstance(value, tuple):
                     value, count = value[0], float(value[1])
