@@ -65,9 +65,12 @@ class CurveRecorder(Callback):
 class StepTimer(Callback):
     """Wall time of optimiser steps, loading of data included; ends the training.
 
+    Long steps are measured by fewer of them: what disturbs a step for a moment disturbs a long one
+    by less.
+
     Args:
-        warm_up: steps before the first that counts.
-        least: steps that count at least.
+        warm_up: steps before the first that counts; three of them do once they took a second.
+        least: steps that count at least; three of them do once they took two seconds.
         seconds: how long to measure at least, so that a moment of other load is outvoted.
 
     Attributes:
@@ -75,21 +78,30 @@ class StepTimer(Callback):
     """
 
     most = 2000
+    few, long_warm_up, long = 3, 1.0, 2.0
 
     def __init__(self, warm_up: int = 10, least: int = 30, seconds: float = 0.1) -> None:
         self.warm_up = warm_up
         self.least = least
         self.seconds = seconds
         self._ends: list[tuple[int, float]] = []  # epoch and time
+        self._first: int | None = None  # the end that the first step that counts begins at
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Note the end of an optimiser step."""
         if trainer.global_step <= len(self._ends):
             return
         self._ends.append((trainer.current_epoch, _now(pl_module)))
-        measured = self._ends[self.warm_up :]
-        if len(measured) > self.least and measured[-1][1] - measured[0][1] >= self.seconds:
+        last = len(self._ends) - 1
+        if self._first is None:
+            warm = self._enough(last, last, self.warm_up, 0.0, self.long_warm_up)
+            self._first = last if warm else None
+        elif self._enough(last - self._first, last, self.least, self.seconds, self.long):
             trainer.should_stop = True
+
+    def _enough(self, steps: int, last: int, least: int, seconds: float, long: float) -> bool:
+        took = self._ends[last][1] - self._ends[last - steps][1]
+        return (steps >= least and took >= seconds) or (steps >= self.few and took >= long)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """End a training that makes no step, and would go on for ever."""
@@ -102,7 +114,8 @@ class StepTimer(Callback):
         Raises:
             RuntimeError: the training ended before there were two steps.
         """
-        ends = self._ends[self.warm_up :] if len(self._ends) > self.warm_up + 1 else self._ends
+        counted = self._first if self._first is not None else len(self._ends)
+        ends = self._ends[counted:] if len(self._ends) > counted + 1 else self._ends
         pairs = [(a[0] == b[0], b[1] - a[1]) for a, b in pairwise(ends)]
         steps = [took for same_epoch, took in pairs if same_epoch] or [took for _, took in pairs]
         if not steps:

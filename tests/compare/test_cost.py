@@ -9,9 +9,11 @@ from statistics import median
 import pytest
 import yaml
 
-from lightning_mtl.compare import CompareError
+from lightning_mtl.compare import CompareError, recorders
 from lightning_mtl.compare.answer import answer
+from lightning_mtl.compare.build import RunCLI
 from lightning_mtl.compare.cost import Ratio, front
+from lightning_mtl.compare.recorders import StepTimer
 from lightning_mtl.compare.sheets import models_csv, pareto
 from lightning_mtl.compare.timing import TURNS, time_method
 from tests.compare import made
@@ -134,3 +136,29 @@ def test_parameters_are_those_that_a_loss_reaches(tmp_path: Path) -> None:
     for times in (joint, *single.values()):
         assert len(times["step_turns_ms"]) == len(times["forward_turns_ms"]) == TURNS
     assert len(found["step_turns_ms"]) == len(found["equal_turns_ms"]) == TURNS
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("took", "warm", "counted"),
+    [
+        (0.001, 10, 100),  # until a tenth of a second is measured
+        (0.01, 10, 30),
+        (0.25, 4, 8),
+        (1.0, 3, 3),
+        (600.0, 3, 3),
+    ],
+)
+def test_long_steps_are_timed_by_fewer(tmp_path: Path, monkeypatch, took, warm, counted) -> None:
+    """A clock set by hand: every step takes as long."""
+    path = tmp_path / "C.yaml"
+    path.write_text(yaml.safe_dump(CONFIG))
+    timer = StepTimer()
+    clock = iter(took * step for step in range(2000))
+    monkeypatch.setattr(recorders, "_now", lambda module: next(clock))
+    short = {"max_steps": timer.most, "max_epochs": -1, "limit_val_batches": 1}
+    cli = RunCLI(str(path), 0, [timer], short, may_stop_early=False)
+    cli.trainer.fit(cli.model, datamodule=cli.datamodule)
+    steps = 1 + warm + counted
+    assert cli.trainer.global_step in (steps, steps + 1)  # rounding of sums of the clock
+    assert timer.durations() == pytest.approx([took] * len(timer.durations()), rel=1e-9)

@@ -170,3 +170,28 @@ def on_any_rank(
     table = torch.tensor([[n in names for n in order] for names in reached])
     table = ranks.max_(table.to(ranks.device, torch.uint8))
     return [{order[i] for i in row.nonzero()[:, 0]} for row in table.cpu()]
+
+
+def agreed(
+    sizes: Sequence[float],
+    shared: Sequence[bool],
+    heads: Sequence[Collection[str]],
+    names: Sequence[str],
+    ranks: OneProcess,
+) -> tuple[list[float], list[bool], list[set[str]]]:
+    """Sums over ranks, and what any of them reached, by one transfer.
+
+    Args:
+        sizes: to be summed.
+        shared: whether each shared parameter was reached.
+        heads: what each task reached of the other parameters.
+        names: of those.
+        ranks: which all have the same tasks and parameters.
+    """
+    met = [name in found for found in heads for name in names]
+    values = torch.tensor([*sizes, *shared, *met], dtype=torch.float64)
+    values = ranks.sum_(values.to(ranks.device)).cpu()
+    sums, any_shared, any_met = values.split([len(sizes), len(shared), len(met)])
+    table = (any_met > 0).view(len(heads), len(names))
+    reached = [{names[i] for i in row.nonzero()[:, 0].tolist()} for row in table]
+    return sums.tolist(), (any_shared > 0).tolist(), reached

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_mtl.balancer import Columns
 from lightning_mtl.engine.gradients.heads import HeadGradients, refuse_sparse, summed_heads
 from lightning_mtl.engine.gradients.over_columns import OverColumns
-from lightning_mtl.engine.gradients.reach import Reach, from_graph, on_any_rank, paths
+from lightning_mtl.engine.gradients.reach import Reach, agreed, from_graph, on_any_rank, paths
 from lightning_mtl.engine.gradients.task_losses import TaskLosses
 from lightning_mtl.numerics.flat import Line, as_grad, check_device, places, real, views, wide
 from lightning_mtl.numerics.storage import Memory, allocate, combine, narrow
@@ -85,7 +85,7 @@ class TaskGradients(OverColumns):
         self._written = [False] * self.num_tasks
         self.heads.begin()
         self._reached = [False] * len(self.shared or ())
-        self._met: list[Collection[str]] | None = None  # heads that each task reached on any rank
+        self._met: Sequence[Collection[str]] | None = None  # by task, on any rank
         self._apart: list[Tensor] = []
         self._roots: dict[int, Any] = {}  # of the graphs of this step, by task
         self._sent = []
@@ -388,10 +388,10 @@ class TaskGradients(OverColumns):
 
     def _sum_heads(self, found: dict[str, Tensor]) -> dict[str, Tensor]:
         """Head gradients summed over ranks, for every parameter that any of them reached."""
-        names = self._order[len(self.shared or ()) :]
-        own = {name: self.parameters[name] for name in names}
+        own = {name: self.parameters[name] for name in self._order[len(self.shared or ()) :]}
         parts = summed_heads(found, own, self.ranks, self._like.dtype)
-        return {n: parts[n] for n, r in zip(names, self._heads_reached, strict=True) if r}
+        met = {name for found in self._met or () for name in found}
+        return {name: part for name, part in parts.items() if name in met}
 
     def head_sizes(self) -> list[float]:
         """A number for each task, the same on every rank, not finite where a head gradient is."""
@@ -403,12 +403,7 @@ class TaskGradients(OverColumns):
         if self.ranks.alone:
             return list(sizes)
         heads = self._order[len(self.shared or ()) :]
-        met = [name in found for found in self.heads.by_task for name in heads]
-        values = torch.tensor([*sizes, *self._reached, *met], dtype=torch.float64)
-        values = self.ranks.sum_(values.to(self.ranks.device)).cpu()
-        split = len(sizes) + len(self._reached)
-        self._reached = (values[len(sizes) : split] > 0).tolist()
-        table = (values[split:] > 0).view(self.num_tasks, len(heads))
-        self._heads_reached = table.any(0).tolist()
-        self._met = [{heads[i] for i in row.nonzero()[:, 0].tolist()} for row in table]
-        return list(values[: len(sizes)].tolist())
+        sums, self._reached, self._met = agreed(
+            sizes, self._reached, self.heads.by_task, heads, self.ranks
+        )
+        return sums
