@@ -206,7 +206,8 @@ class MultiTaskModule(TaskModule):
 
     @active_tasks.setter
     def active_tasks(self, names: Sequence[str] | None) -> None:
-        running = getattr(self, "_flow", None) is not None and self.trainer.training
+        flow = getattr(self, "_flow", None)
+        running = flow is not None and not flow.over
         if running and self._declared is not None and names != self._active:
             raise RuntimeError("Expected `active_tasks` to stay during a fit. Set it before `fit`.")
         if names is not None:

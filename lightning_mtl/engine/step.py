@@ -73,6 +73,7 @@ class Flow:
         self.first_step = True
         self.called_again = False  # whether an optimizer was seen to call its closure again
         self.replaying = False  # whether a forward pass is made again up to the representation
+        self.over = False  # whether the fit has ended
         self.ranks = ranks_of(trainer)
         same_tasks(module.training_tasks, self.ranks)
         for attached in self.balancers:
@@ -346,6 +347,7 @@ class Flow:
                 balancer.unshard()
         self.layout.release()
         self._form = None
+        self.over = True
 
     def state_dict(self) -> dict[str, Any]:
         """Tasks and layout, as plain containers."""

@@ -110,11 +110,11 @@ def _argument(module: TaskModule, name: str, value: Any) -> Any:
             )
         return value
     if name == "gradient_memory":
-        return one_of(module, name, value, get_args(Memory))
+        return _settled(module, name, one_of(module, name, value, get_args(Memory)))
     if name in ("gradient_blocks", "max_skipped_steps"):
         return whole(module, name, value)
     if name == "shard_gradients":
-        return _flag(module, name, value)
+        return _settled(module, name, _flag(module, name, value))
     names = value is None or isinstance(value, (Sequence, Set))
     if not names or isinstance(value, str):
         raise TypeError(
@@ -122,6 +122,18 @@ def _argument(module: TaskModule, name: str, value: Any) -> Any:
             f"None for all tasks, but got {type(value).__name__}. If it is your own, rename it."
         )
     return value  # its setter compares it with the declared tasks
+
+
+def _settled(module: TaskModule, name: str, value: Any) -> Any:
+    """What a fit is laid out for, and checks with its balancers when it begins."""
+    flow = getattr(module, "_flow", None)
+    if flow is not None and not flow.over and value != getattr(module, name):
+        raise RuntimeError(
+            f"Expected `{name}` of {type(module).__name__} to stay {getattr(module, name)!r} "
+            f"during a fit, which was laid out for it, but it is set to {value!r}. Set it before "
+            f"`fit`."
+        )
+    return value
 
 
 def _flag(module: TaskModule, name: str, value: Any) -> bool:

@@ -14,7 +14,7 @@ from torch.nn import functional
 from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.checkpoint import checkpoint
 
-from lightning_mtl import MinNorm, MultiTaskModule
+from lightning_mtl import MinNorm, MultiTaskModule, UPGrad
 from lightning_mtl.engine.gradients.cuts import blocks, parts
 from tests.common.models import Batched, trainer
 from tests.engine.test_forms import Observer
@@ -24,6 +24,8 @@ TASKS = ("a", "b", "c")
 
 class Net(nn.Module):
     """From a batch to an output for each task; what `heads` get is each graph's own."""
+
+    method: type[Any] = MinNorm
 
     def __init__(self) -> None:
         super().__init__()
@@ -186,16 +188,22 @@ class Checkpointed(Mlp):
 
 
 class Hooked(Mlp):
-    """Hooks that change gradients, on a tensor that all paths pass and on a parameter."""
+    """Hooks that change gradients, on tensors that all paths pass and on a parameter."""
+
+    method = UPGrad  # a direction that is not one task's gradient
 
     def __init__(self) -> None:
         super().__init__()
-        self.trunk[0].weight.register_hook(lambda g: g.clamp(-0.01, 0.01))
+        self.trunk[0].weight.register_hook(lambda g: -3 * g)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         for layer in self.trunk:
             x = layer(x)
-            x.register_hook(lambda g: 0.5 * g + g.abs() + 0.01)
+            x.register_hook(lambda g: 0.5 * g + g.flip(-1))
+            x.grad_fn.register_prehook(lambda grads: tuple(2 * g for g in grads))
+            x.grad_fn.register_hook(
+                lambda grads, above: tuple(g if g is None else -g for g in grads)
+            )
         return self.outputs(x)
 
 
@@ -260,7 +268,7 @@ def fitted(
         module.net.compile(backend="aot_eager")
     generator = torch.Generator().manual_seed(0)
     data = Batched(torch.randn(4, 5, 6, dtype=torch.float64, generator=generator))
-    trainer(callbacks=[MinNorm(), seen], precision="64-true", **flags).fit(module, data)
+    trainer(callbacks=[module.net.method(), seen], precision="64-true", **flags).fit(module, data)
     return torch.cat([p.detach().flatten() for p in module.net.parameters()]), seen.records
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -12,11 +13,24 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from lightning_mtl.engine.forms.narrow import Probe
-from lightning_mtl.engine.gradients.cuts import Block, Part, blocks, entering, parts
+from lightning_mtl.engine.gradients.cuts import (
+    Block,
+    Part,
+    blocks,
+    coarsest,
+    entering,
+    parts,
+    zeros_at,
+)
+from lightning_mtl.engine.gradients.graph import leads_to
 from lightning_mtl.engine.gradients.rows import TaskGradients
 from lightning_mtl.engine.gradients.task_losses import TaskLosses
 from lightning_mtl.numerics import inner
 from lightning_mtl.numerics.flat import real, with_places
+
+# A gradient that a function gave none for. Those below it are called nevertheless, as in any
+# backward pass; one that gets no gradient at all is not.
+_UNDEFINED = torch.zeros(0)
 
 
 class Blocks(Probe):
@@ -27,7 +41,8 @@ class Blocks(Probe):
     it, whose inner products are known by then, are thrown away. The direction takes one more pass,
     of the weighted losses, when the rows are gone. So J is never there, and no part of the graph is
     gone through twice by a task, unless there is no such place in it: then passes are repeated from
-    the last place above.
+    the last place above. A graph whose backward pass is not linear shows by the length of the
+    direction, which the Gramian tells too.
 
     Args:
         gradients: layout and head gradients.
@@ -38,6 +53,7 @@ class Blocks(Probe):
     def __init__(self, gradients: TaskGradients, number: int, scale: float) -> None:
         self.number = number
         self.shared = [gradients.parameters[name] for name in gradients.shared or ()]
+        self._wanted = {id(p) for p in self.shared}
         self.repeats = False  # whether a part of the graph is gone through more than once
         self.names = {id(p): name for name, p in gradients.parameters.items()}
         super().__init__(gradients, [], representation=False, scale=scale)
@@ -64,8 +80,12 @@ class Blocks(Probe):
                 others = block.others if number == 0 else []
                 bottom = block.bottom if number == len(block.groups) - 1 else None
                 rows = self._of(group)
+                again = number < len(block.groups) - 1
                 for t in range(self.num_tasks):
                     output = self.losses[t] if block.top is None else above[t]
+                    if again and block.top is not None and output is not None:
+                        # What a hook of the node changes in place.
+                        output = output if output is _UNDEFINED else output.clone()
                     grads = self._passed(block.top, output, [*group, *others], bottom)
                     self._put(rows[t], group, grads[: len(group)])
                     heads = grads[len(group) : len(group) + len(others)]
@@ -80,8 +100,7 @@ class Blocks(Probe):
     def _plan(self) -> list[Block]:
         """The blocks of this graph; the same on every rank, whose graphs may differ."""
         found = parts([loss for loss in self.losses if loss is not None])
-        known = self.gradients.parameters
-        wanted = {id(p) for p in self.shared}
+        known, wanted = self.gradients.parameters, self._wanted
         for part in found:
             part.used = [leaf for leaf in part.used if id(leaf) in self.names]
         plan = blocks(found, wanted, self.number, self.num_tasks)
@@ -113,15 +132,24 @@ class Blocks(Probe):
         inputs: list[Any] = [*leaves, *([] if bottom is None else [bottom])]
         if output is None or not inputs:
             return [None] * len(inputs)
-        with nullcontext() if top is None else entering(top, output):
-            grads: Sequence[Tensor | None] = torch.autograd.grad(
-                [output] if top is None else [top],
-                inputs,
-                None if top is None else [output],
-                retain_graph=retain_graph,
-                allow_unused=True,
-            )
-        self._dense(leaves, grads[: len(leaves)])
+        gradient = None if output is _UNDEFINED else output
+        if top is not None and gradient is None:
+            output = zeros_at(top)
+        with nullcontext() if top is None else entering(top, gradient):
+            grads: list[Tensor | None] = [
+                *torch.autograd.grad(
+                    [output] if top is None else [top],
+                    inputs,
+                    None if top is None else [output],
+                    retain_graph=retain_graph,
+                    allow_unused=True,
+                )
+            ]
+        if bottom is not None and grads[-1] is None:
+            start = output.grad_fn if top is None else top.node
+            grads[-1] = _UNDEFINED if leads_to(start, {bottom.node}) else None
+        shared = [(p, g) for p, g in zip(leaves, grads, strict=False) if id(p) in self._wanted]
+        self._dense([p for p, _ in shared], [g for _, g in shared])
         return grads
 
     @staticmethod
@@ -167,6 +195,7 @@ class Blocks(Probe):
         output: Tensor | None = self._weighted()
         again = any(b.top is None for b in self._blocks[1:])  # from the losses once more
         parts: dict[int, tuple[Tensor, bool]] = {}
+        self._squared = self._gramian.new_zeros(())  # length of the direction
         for block in self._blocks:
             output = self._weighted() if block.top is None else output
             for number, group in enumerate(block.groups, 1):
@@ -176,6 +205,7 @@ class Blocks(Probe):
                 parts.update(self._parts(group, found))
                 output = found[-1] if bottom is not None else output
                 del found  # before the next pass makes others
+        self._check_length(self._squared.item())
         none = None, False  # of what this graph does not have
         own, reached = zip(*(parts.get(id(p), none) for p in self.shared), strict=True)
         self.gradients.begin_row(reached)
@@ -191,8 +221,39 @@ class Blocks(Probe):
         for part, grad in zip(own, grads, strict=False):
             part.zero_() if grad is None else part.copy_(real(grad))
         self.gradients.ranks.sum_(flat)
+        self._squared += inner.square(flat)
         triples = zip(group, own, grads, strict=False)
         return {id(p): (part, grad is not None) for p, part, grad in triples}
+
+    def _check_length(self, found: float) -> None:
+        """Compare the squared length of the direction with the one that the Gramian tells.
+
+        Raises:
+            ValueError: they differ by more than rounding.
+        """
+        weights = self.weights.to(self._gramian) * self.scale
+        expected = (weights @ self._gramian @ weights).item()
+        # Rounding is relative to what is added up, which may cancel.
+        most = (weights.abs() @ self._gramian.diagonal().clamp(min=0).sqrt()).item()
+        least = 1e3 * torch.finfo(self.rows.dtype).tiny  # below which numbers have few digits
+        error = abs(found - expected)
+        if not math.isfinite(error) or most < least:
+            return  # what is not finite is looked for elsewhere
+        if error <= _tolerance(torch.finfo(self.rows.dtype).eps) * most**2:
+            return
+        losses = [loss for loss in self.losses if loss is not None]
+        if error > _tolerance(coarsest(losses)) * most**2:
+            raise ValueError(
+                f"Expected a direction with a squared length of {expected:.4g}, which the task "
+                f"gradients tell, but the backward pass of the weighted losses has {found:.4g}: a "
+                f"hook, or a function with a backward pass of its own, is not linear (it clips or "
+                f"normalises gradients, say), or differs from one pass to the next. No parameter "
+                f"was changed. Use `gradient_memory='full'`."
+            )
+
+
+def _tolerance(eps: float) -> float:
+    return min(0.1, 3 * math.sqrt(eps))
 
 
 def _width(group: Sequence[Tensor]) -> int:

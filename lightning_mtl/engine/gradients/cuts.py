@@ -9,9 +9,11 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from lightning_mtl.engine.gradients.graph import is_leaf
 from lightning_mtl.numerics.flat import real
 
 _CACHED = 1 << 18  # numbers: 1 MB in float32
@@ -40,9 +42,12 @@ def parts(losses: Sequence[Tensor]) -> list[Part]:
     transposed weight, belongs to where it is used.
 
     Args:
-        losses: with a graph.
+        losses: with a graph, or leaves.
+
+    Raises:
+        ValueError: a module has hooks of its backward pass.
     """
-    roots = [(loss.grad_fn, loss.output_nr) for loss in losses]
+    roots = [(loss.grad_fn, loss.output_nr) for loss in losses if loss.grad_fn is not None]
     order = _made_last_first([node for node, _ in roots])
     place = {node: i for i, node in enumerate(order)}
     first: dict[tuple[Any, int], int] = dict.fromkeys(roots, -1)  # who leads to an output first
@@ -56,7 +61,7 @@ def parts(losses: Sequence[Tensor]) -> list[Part]:
         for child, number in node.next_functions:
             if child is None:
                 continue
-            if hasattr(child, "variable"):
+            if is_leaf(child):
                 used[i].append(child.variable)
             elif leaves[child]:
                 used[i] += leaves[child]
@@ -69,15 +74,16 @@ def parts(losses: Sequence[Tensor]) -> list[Part]:
     for edge, i in first.items():
         begin[i + 1].append(edge)
         end[place[edge[0]] + 1].append(edge)
-    found, open_edges = [Part(None, 0)], set[tuple[Any, int]]()
+    found = [Part(None, 0, [loss for loss in losses if loss.grad_fn is None])]
+    open_edges = set[tuple[Any, int]]()
     for i, leaves_here in enumerate(used):
         open_edges.difference_update(end[i])
         open_edges.update(begin[i])
         if i and len(open_edges) == 1:
             (edge,) = open_edges
-            if found[-1].top != GradientEdge(*edge):
-                shape = edge[0]._input_metadata[edge[1]].shape
-                found.append(Part(GradientEdge(*edge), math.prod(shape)))
+            tensor = edge[0]._input_metadata[edge[1]]
+            if found[-1].top != GradientEdge(*edge) and not tensor.is_nested_tensor:
+                found.append(Part(GradientEdge(*edge), math.prod(tensor.shape)))
         found[-1].used += leaves_here
     return found
 
@@ -183,8 +189,16 @@ def _made_last_first(roots: Sequence[Any]) -> list[Any]:
     todo, seen = list(roots), set()
     while todo:
         node = todo.pop()
-        if node is None or node in seen or hasattr(node, "variable"):
+        if node is None or node in seen or is_leaf(node):
             continue
+        if node.name() == "BackwardHookFunctionBackward":
+            raise ValueError(
+                "Expected no module with hooks of its backward pass "
+                "(`register_full_backward_hook`, `register_full_backward_pre_hook`) under "
+                "`gradient_memory='blocks'` but found one in the graph of the losses: where a "
+                "block ends inside of it, it would see one task's gradient with another's. Remove "
+                "the hook, register it on tensors, or use `gradient_memory='full'`."
+            )
         seen.add(node)
         todo += [child for child, _ in node.next_functions]
     return sorted(seen, key=lambda node: -node._sequence_nr())
@@ -193,24 +207,56 @@ def _made_last_first(roots: Sequence[Any]) -> list[Any]:
 def _leaves_of(node: Any) -> list[Tensor]:
     """Leaves behind a node that leads to leaves alone; empty for other nodes."""
     children = [child for child, _ in node.next_functions if child is not None]
-    if not all(hasattr(child, "variable") for child in children):
+    if not all(map(is_leaf, children)):
         return []
     return [child.variable for child in children]
 
 
 def _all_leaves(order: Sequence[Any]) -> list[Tensor]:
     children = [child for node in order for child, _ in node.next_functions if child is not None]
-    return [child.variable for child in children if hasattr(child, "variable")]
+    return [child.variable for child in children if is_leaf(child)]
+
+
+def coarsest(losses: Sequence[Tensor]) -> float:
+    """The relative rounding of the gradients behind losses, where it is largest."""
+    nodes = _made_last_first([loss.grad_fn for loss in losses])
+    found = [tensor for node in nodes for tensor in node._input_metadata]
+    rounding = [torch.finfo(t.dtype).eps for t in found if t.dtype.is_floating_point]
+    tf32 = [2.0**-10 for t in found if t.device.type != "cpu" and t.dtype == torch.float32]
+    return max(rounding + tf32, default=0.0)
+
+
+def zeros_at(place: GradientEdge) -> Tensor:
+    """Zeros of the shape of the tensor there."""
+    tensor = place.node._input_metadata[place.output_nr]
+    return torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.device)
 
 
 @contextmanager
-def entering(top: GradientEdge, gradient: Tensor) -> Iterator[None]:
-    """Let a gradient enter as it is: hooks of the tensor there changed it in the block above."""
+def entering(top: GradientEdge, gradient: Tensor | None) -> Iterator[None]:
+    """Let a gradient enter as it is: hooks of the tensor there changed it in the block above.
 
-    def replace(grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    Hooks of the node have not seen it, and see it now. ``None`` enters as what is not defined.
+
+    Raises:
+        ValueError: in the backward pass, when a hook of the tensor changes it in place.
+    """
+    before = 0 if gradient is None else gradient._version
+
+    def replace(grads: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+        if gradient is not None and gradient._version != before:
+            raise ValueError(
+                "Expected hooks of tensors to return another gradient under "
+                "`gradient_memory='blocks'` but found one that changed it in place, which counts "
+                "twice where a block ends. Return `g * 0.5` instead of `g.mul_(0.5)`, or use "
+                "`gradient_memory='full'`."
+            )
         return tuple(gradient if i == top.output_nr else g for i, g in enumerate(grads))
 
     handle = top.node.register_prehook(replace)
+    hooks: Any = handle.hooks_dict_ref()
+    for key in [key for key in hooks if key != handle.id]:
+        hooks[key] = hooks.pop(key)  # the engine calls them in the order in which they were put
     try:
         yield
     finally:

@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
+
+_LEAF = torch._C._functions.AccumulateGrad
+
+
+def is_leaf(node: Any) -> bool:
+    """Whether a node stands for a leaf, its ``variable``; others may have an attribute so named."""
+    return type(node) is _LEAF
 
 
 def reachable(loss: Tensor, stop: Tensor | None = None) -> set[int]:
@@ -18,7 +26,8 @@ def reachable(loss: Tensor, stop: Tensor | None = None) -> set[int]:
     Raises:
         ValueError: reentrant activation checkpointing hides a part of the graph.
     """
-    todo, seen, leaves = [loss.grad_fn], set(), set()
+    todo: list[Any] = [loss.grad_fn]
+    seen, leaves = set[Any](), set[int]()
     if stop is not None:
         seen.add(stop.grad_fn)
     while todo:
@@ -32,7 +41,7 @@ def reachable(loss: Tensor, stop: Tensor | None = None) -> set[int]:
                 "checkpointing, which hides the parameters inside from task gradients. Call "
                 "`torch.utils.checkpoint.checkpoint(..., use_reentrant=False)`."
             )
-        if hasattr(node, "variable"):
+        if is_leaf(node):
             leaves.add(id(node.variable))
         todo += [following for following, _ in node.next_functions]
     return leaves

@@ -333,7 +333,7 @@ class TaskGradients(OverColumns):
         return as_grad(local, parameter)
 
     def _allocate(self, total: int, like: Tensor) -> Tensor:
-        number = 1 if self._in_place else self.num_tasks
+        number = 1 if self._in_place and total else self.num_tasks
         return allocate(number, total, self._memory, like, like.dtype)
 
     @property
