@@ -35,10 +35,12 @@ def allocate(number: int, width: int, memory: Memory, like: Tensor, dtype: torch
     return torch.zeros(number, width, dtype=dtype, device=like.device)
 
 
-def narrow(before: Tensor | None, number: int, tensors: Sequence[Tensor]) -> Tensor:
+def narrow(
+    before: Tensor | None, number: int, tensors: Sequence[Tensor], dtype: torch.dtype | None = None
+) -> Tensor:
     """Rows as wide as all of ``tensors``, in at least float32: those of before where they fit."""
     tensors = [real(t.detach()) for t in tensors]
-    dtype = wide(tensors)
+    dtype = wide(tensors) if dtype is None else dtype
     shape, device = (number, sum(t.numel() for t in tensors)), tensors[0].device
     same = before is not None and before.shape == shape
     if before is not None and same and (before.dtype, before.device) == (dtype, device):

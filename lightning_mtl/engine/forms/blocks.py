@@ -26,7 +26,7 @@ from lightning_mtl.engine.gradients.graph import leads_to
 from lightning_mtl.engine.gradients.rows import TaskGradients
 from lightning_mtl.engine.gradients.task_losses import TaskLosses
 from lightning_mtl.numerics import inner
-from lightning_mtl.numerics.flat import real, with_places
+from lightning_mtl.numerics.flat import places, real, views, with_places
 
 # A gradient that a function gave none for. Those below it are called nevertheless, as in any
 # backward pass; one that gets no gradient at all is not.
@@ -72,14 +72,14 @@ class Blocks(Probe):
         self.repeats |= sum(block.top is None for block in plan) > 1  # used in several blocks
         groups = [group for block in plan for group in block.groups]
         self.tensors = max(groups, key=_width) or self.tensors  # nothing may be reached
-        self.rows = self.rows.new_empty(self.num_tasks, _width(self.tensors))
+        self.rows = self._begun(_width(self.tensors))
         above: list[Tensor | None] = [None] * self.num_tasks  # gradients at the top of a block
         for block in plan:
             below: list[Tensor | None] = [None] * self.num_tasks
             for number, group in enumerate(block.groups):
                 others = block.others if number == 0 else []
                 bottom = block.bottom if number == len(block.groups) - 1 else None
-                rows = self._of(group)
+                rows, lie = self._of(group), places(real(p.detach()) for p in group)
                 again = number < len(block.groups) - 1
                 for t in range(self.num_tasks):
                     output = self.losses[t] if block.top is None else above[t]
@@ -87,7 +87,7 @@ class Blocks(Probe):
                         # What a hook of the node changes in place.
                         output = output if output is _UNDEFINED else output.clone()
                     grads = self._passed(block.top, output, [*group, *others], bottom)
-                    self._put(rows[t], group, grads[: len(group)])
+                    _put(views(rows[t], lie), grads[: len(group)])
                     heads = grads[len(group) : len(group) + len(others)]
                     self.gradients.heads.add(t, [self.names[id(p)] for p in others], heads)
                     below[t] = grads[-1] if bottom is not None else None
@@ -96,6 +96,17 @@ class Blocks(Probe):
                     rows = self.gradients.ranks.sum_(rows)
                     self._gramian += inner.gramian(rows) / self.scale**2
             above = below
+
+    def _begun(self, width: int) -> Tensor:
+        """Memory for rows, kept between steps where that is at most a twentieth of J more.
+
+        Memory that is new costs the system more time than to copy into it. What is kept takes the
+        place of the gradients of the step before: at the next forward pass both are there.
+        """
+        size = self.num_tasks * width
+        if 20 * min(size, _width(self.shared)) <= self.num_tasks * _width(self.shared) and width:
+            return self.gradients.narrow_rows(self.tensors, self.rows.dtype)
+        return self.rows.new_empty(self.num_tasks, width)
 
     def _plan(self) -> list[Block]:
         """The blocks of this graph; the same on every rank, whose graphs may differ."""
@@ -151,15 +162,6 @@ class Blocks(Probe):
         shared = [(p, g) for p, g in zip(leaves, grads, strict=False) if id(p) in self._wanted]
         self._dense([p for p, _ in shared], [g for _, g in shared])
         return grads
-
-    @staticmethod
-    def _put(row: Tensor, group: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
-        offset = 0
-        for parameter, grad in zip(group, grads, strict=True):
-            shape = real(parameter.detach()).shape
-            part = row[offset : offset + shape.numel()].view(shape)
-            part.zero_() if grad is None else part.copy_(real(grad))
-            offset += shape.numel()
 
     def finish(self) -> Tensor:
         """A column of zeros that stands for J, of which there is nothing any more."""
@@ -218,8 +220,7 @@ class Blocks(Probe):
         """The direction of a group, summed over ranks, and whether this one reaches each part."""
         flat = self.rows.new_empty(_width(group))
         own = with_places(flat, [real(p.detach()) for p in group])
-        for part, grad in zip(own, grads, strict=False):
-            part.zero_() if grad is None else part.copy_(real(grad))
+        _put(own, grads[: len(own)])
         self.gradients.ranks.sum_(flat)
         self._squared += inner.square(flat)
         triples = zip(group, own, grads, strict=False)
@@ -250,6 +251,12 @@ class Blocks(Probe):
                 f"normalises gradients, say), or differs from one pass to the next. No parameter "
                 f"was changed. Use `gradient_memory='full'`."
             )
+
+
+def _put(parts: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
+    """Copy gradients to their places, zeros where there are none."""
+    for part, grad in zip(parts, grads, strict=True):
+        part.zero_() if grad is None else part.copy_(real(grad))
 
 
 def _tolerance(eps: float) -> float:

@@ -212,11 +212,11 @@ class TaskGradients(OverColumns):
         """A row as gradients of the shared parameters, in their shapes."""
         return self._row_views[row]
 
-    def narrow_rows(self, tensors: Sequence[Tensor]) -> Tensor:
+    def narrow_rows(self, tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> Tensor:
         """Rows as wide as all of ``tensors``, with what the last step left in them."""
         if not tensors:
             return self._like.new_empty(self.num_tasks, 0)
-        self._narrow = narrow(self._narrow, self.num_tasks, tensors)
+        self._narrow = narrow(self._narrow, self.num_tasks, tensors, dtype)
         return self._narrow
 
     def begin_row(self, reached: Sequence[bool] | None = None) -> None:
