@@ -240,10 +240,10 @@ class Blocks(Probe):
         error = abs(found - expected)
         if not math.isfinite(error) or most < least:
             return  # what is not finite is looked for elsewhere
-        if error <= _tolerance(torch.finfo(self.rows.dtype).eps) * most**2:
+        if error <= math.sqrt(torch.finfo(self.rows.dtype).eps) * most**2:
             return
         losses = [loss for loss in self.losses if loss is not None]
-        if error > _tolerance(coarsest(losses)) * most**2:
+        if error > math.sqrt(coarsest(losses)) * most**2:
             raise ValueError(
                 f"Expected a direction with a squared length of {expected:.4g}, which the task "
                 f"gradients tell, but the backward pass of the weighted losses has {found:.4g}: a "
@@ -257,10 +257,6 @@ def _put(parts: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
     """Copy gradients to their places, zeros where there are none."""
     for part, grad in zip(parts, grads, strict=True):
         part.zero_() if grad is None else part.copy_(real(grad))
-
-
-def _tolerance(eps: float) -> float:
-    return min(0.1, 3 * math.sqrt(eps))
 
 
 def _width(group: Sequence[Tensor]) -> int:
