@@ -82,7 +82,8 @@ def beside(folder: Path, tables: Sequence[str]) -> str:
     names = [c.removesuffix(" mean").partition("/")[::2] for c in metrics]
     of_task = Counter(task for task, _ in names)
     titles = [task if of_task[task] == 1 else f"{task} {metric}" for task, metric in names]
-    header = ["method", *titles, "Δp", *tables]
+    timed = any(row.get("step_ratio") for row in rows)
+    header = ["method", *titles, "Δp", *(["× equal a step"] if timed else []), *tables]
     lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
     ours: dict[str, float] = {}
     for row in rows:
@@ -94,8 +95,10 @@ def beside(folder: Path, tables: Sequence[str]) -> str:
         if row["delta_p mean"]:
             spread = f" ± {float(row['delta_p std']):.1f}" if row["delta_p std"] else ""
             gain = f"{float(row['delta_p mean']):+.1f}{spread}"
+        ratio = row.get("step_ratio")
+        times = [f"{float(ratio):.2f}" if ratio else ""] if timed else []
         known = [f"{theirs[t][name]:+.2f}" if name in theirs[t] else "" for t in tables]
-        lines.append(f"| {' | '.join([row['method'], *cells, gain, *known])} |")
+        lines.append(f"| {' | '.join([row['method'], *cells, gain, *times, *known])} |")
     for table in tables:
         rho, p, count = correlation(ours, theirs[table])
         low, high = interval(rho, count)

@@ -34,6 +34,19 @@ def test_rows_of_both_are_set_side_by_side(tmp_path):
     assert "table 4, Office-31: Spearman's ρ +1.00 over 3 methods" in text
 
 
+def test_the_time_of_a_step_is_shown_where_it_was_measured(tmp_path):
+    written(tmp_path, {"equal weighting": -2.0, "GLS": -3.0, "DB-MTL": 1.5})
+    path = tmp_path / "summary.csv"
+    header, *rows = path.read_text(encoding="utf-8").splitlines()
+    ratios = ["", "1.0", "", "1.456"]
+    timed = [f"{row},{ratio}" for row, ratio in zip(rows, ratios, strict=True)]
+    path.write_text("\n".join([f"{header},step_ratio", *timed]), encoding="utf-8")
+    lines = beside.beside(tmp_path, [TABLE]).splitlines()
+    assert lines[0] == "| method | plain | Δp | × equal a step | table 4, Office-31 |"
+    assert lines[4] == "| GLS | 0.8 | -3.0 ± 0.2 |  | -1.63 |"
+    assert lines[5] == "| DB-MTL | 0.8 | +1.5 ± 0.2 | 1.46 | +1.05 |"
+
+
 def test_the_correlation_is_that_of_the_ranks(tmp_path, capsys):
     printed = beside.printed(TABLE)
     order = sorted(printed, key=printed.get)
