@@ -2,35 +2,20 @@
 
 from __future__ import annotations
 
-import math
 import zlib
 from collections.abc import Sequence
-from contextlib import nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from lightning_mtl.engine.forms.narrow import Probe
-from lightning_mtl.engine.gradients.cuts import (
-    Block,
-    Part,
-    blocks,
-    coarsest,
-    entering,
-    parts,
-    zeros_at,
-)
-from lightning_mtl.engine.gradients.graph import leads_to
+from lightning_mtl.engine.gradients.cuts import Block, Part, blocks, parts
+from lightning_mtl.engine.gradients.passes import UNDEFINED, check_length, passed, put
 from lightning_mtl.engine.gradients.rows import TaskGradients
 from lightning_mtl.engine.gradients.task_losses import TaskLosses
 from lightning_mtl.numerics import inner
 from lightning_mtl.numerics.flat import places, real, views, with_places
-
-# A gradient that a function gave none for. Those below it are called nevertheless, as in any
-# backward pass; one that gets no gradient at all is not.
-_UNDEFINED = torch.zeros(0)
 
 
 class Blocks(Probe):
@@ -85,9 +70,9 @@ class Blocks(Probe):
                     output = self.losses[t] if block.top is None else above[t]
                     if again and block.top is not None and output is not None:
                         # What a hook of the node changes in place.
-                        output = output if output is _UNDEFINED else output.clone()
+                        output = output if output is UNDEFINED else output.clone()
                     grads = self._passed(block.top, output, [*group, *others], bottom)
-                    _put(views(rows[t], lie), grads[: len(group)])
+                    put(views(rows[t], lie), grads[: len(group)])
                     heads = grads[len(group) : len(group) + len(others)]
                     self.gradients.heads.add(t, [self.names[id(p)] for p in others], heads)
                     below[t] = grads[-1] if bottom is not None else None
@@ -140,25 +125,7 @@ class Blocks(Probe):
         retain_graph: bool = True,
     ) -> Sequence[Tensor | None]:
         """Gradients at the leaves of a block and at its bottom, from a loss or from the top."""
-        inputs: list[Any] = [*leaves, *([] if bottom is None else [bottom])]
-        if output is None or not inputs:
-            return [None] * len(inputs)
-        gradient = None if output is _UNDEFINED else output
-        if top is not None and gradient is None:
-            output = zeros_at(top)
-        with nullcontext() if top is None else entering(top, gradient):
-            grads: list[Tensor | None] = [
-                *torch.autograd.grad(
-                    [output] if top is None else [top],
-                    inputs,
-                    None if top is None else [output],
-                    retain_graph=retain_graph,
-                    allow_unused=True,
-                )
-            ]
-        if bottom is not None and grads[-1] is None:
-            start = output.grad_fn if top is None else top.node
-            grads[-1] = _UNDEFINED if leads_to(start, {bottom.node}) else None
+        grads = passed(top, output, leaves, bottom, retain_graph=retain_graph)
         shared = [(p, g) for p, g in zip(leaves, grads, strict=False) if id(p) in self._wanted]
         self._dense([p for p, _ in shared], [g for _, g in shared])
         return grads
@@ -207,7 +174,9 @@ class Blocks(Probe):
                 parts.update(self._parts(group, found))
                 output = found[-1] if bottom is not None else output
                 del found  # before the next pass makes others
-        self._check_length(self._squared.item())
+        weights = self.weights.to(self._gramian) * self.scale
+        losses = [loss for loss in self.losses if loss is not None]
+        check_length(self._squared.item(), weights, self._gramian, self.rows.dtype, losses)
         none = None, False  # of what this graph does not have
         own, reached = zip(*(parts.get(id(p), none) for p in self.shared), strict=True)
         self.gradients.begin_row(reached)
@@ -220,43 +189,11 @@ class Blocks(Probe):
         """The direction of a group, summed over ranks, and whether this one reaches each part."""
         flat = self.rows.new_empty(_width(group))
         own = with_places(flat, [real(p.detach()) for p in group])
-        _put(own, grads[: len(own)])
+        put(own, grads[: len(own)])
         self.gradients.ranks.sum_(flat)
         self._squared += inner.square(flat)
         triples = zip(group, own, grads, strict=False)
         return {id(p): (part, grad is not None) for p, part, grad in triples}
-
-    def _check_length(self, found: float) -> None:
-        """Compare the squared length of the direction with the one that the Gramian tells.
-
-        Raises:
-            ValueError: they differ by more than rounding.
-        """
-        weights = self.weights.to(self._gramian) * self.scale
-        expected = (weights @ self._gramian @ weights).item()
-        # Rounding is relative to what is added up, which may cancel.
-        most = (weights.abs() @ self._gramian.diagonal().clamp(min=0).sqrt()).item()
-        least = 1e3 * torch.finfo(self.rows.dtype).tiny  # below which numbers have few digits
-        error = abs(found - expected)
-        if not math.isfinite(error) or most < least:
-            return  # what is not finite is looked for elsewhere
-        if error <= math.sqrt(torch.finfo(self.rows.dtype).eps) * most**2:
-            return
-        losses = [loss for loss in self.losses if loss is not None]
-        if error > math.sqrt(coarsest(losses)) * most**2:
-            raise ValueError(
-                f"Expected a direction with a squared length of {expected:.4g}, which the task "
-                f"gradients tell, but the backward pass of the weighted losses has {found:.4g}: a "
-                f"hook, or a function with a backward pass of its own, is not linear (it clips or "
-                f"normalises gradients, say), or differs from one pass to the next. No parameter "
-                f"was changed. Use `gradient_memory='full'`."
-            )
-
-
-def _put(parts: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
-    """Copy gradients to their places, zeros where there are none."""
-    for part, grad in zip(parts, grads, strict=True):
-        part.zero_() if grad is None else part.copy_(real(grad))
 
 
 def _width(group: Sequence[Tensor]) -> int:
