@@ -15,7 +15,7 @@ from lightning_mtl.engine.gradients.passes import UNDEFINED, check_length, passe
 from lightning_mtl.engine.gradients.rows import TaskGradients
 from lightning_mtl.engine.gradients.task_losses import TaskLosses
 from lightning_mtl.numerics import inner
-from lightning_mtl.numerics.flat import places, real, views, with_places
+from lightning_mtl.numerics.flat import places, real, views
 
 
 class Blocks(Probe):
@@ -56,6 +56,7 @@ class Blocks(Probe):
         self.repeats = any(block.repeats for block in plan)
         self.repeats |= sum(block.top is None for block in plan) > 1  # used in several blocks
         groups = [group for block in plan for group in block.groups]
+        self._lie = {id(g): places(real(p.detach()) for p in g) for g in groups}
         self.tensors = max(groups, key=_width) or self.tensors  # nothing may be reached
         self.rows = self._begun(_width(self.tensors))
         above: list[Tensor | None] = [None] * self.num_tasks  # gradients at the top of a block
@@ -64,7 +65,7 @@ class Blocks(Probe):
             for number, group in enumerate(block.groups):
                 others = block.others if number == 0 else []
                 bottom = block.bottom if number == len(block.groups) - 1 else None
-                rows, lie = self._of(group), places(real(p.detach()) for p in group)
+                rows, lie = self._of(group), self._lie[id(group)]
                 again = number < len(block.groups) - 1
                 for t in range(self.num_tasks):
                     output = self.losses[t] if block.top is None else above[t]
@@ -177,8 +178,7 @@ class Blocks(Probe):
         weights = self.weights.to(self._gramian) * self.scale
         losses = [loss for loss in self.losses if loss is not None]
         check_length(self._squared.item(), weights, self._gramian, self.rows.dtype, losses)
-        none = None, False  # of what this graph does not have
-        own, reached = zip(*(parts.get(id(p), none) for p in self.shared), strict=True)
+        own, reached = zip(*(parts.get(id(p), (None, False)) for p in self.shared), strict=True)
         self.gradients.begin_row(reached)
         self.gradients.agree()
         self.gradients.give(own, every_column=every_column)
@@ -188,7 +188,7 @@ class Blocks(Probe):
     ) -> dict[int, tuple[Tensor, bool]]:
         """The direction of a group, summed over ranks, and whether this one reaches each part."""
         flat = self.rows.new_empty(_width(group))
-        own = with_places(flat, [real(p.detach()) for p in group])
+        own = views(flat, self._lie[id(group)])
         put(own, grads[: len(own)])
         self.gradients.ranks.sum_(flat)
         self._squared += inner.square(flat)
