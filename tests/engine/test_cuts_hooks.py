@@ -24,27 +24,27 @@ class Doubled(torch.autograd.Function):
         return 2 * x
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:
+    def backward(ctx: Any, g: Tensor) -> Any:
         return 2 * g
 
 
-class Stopped(torch.autograd.Function):
-    """Gives no gradient at all."""
+class InPlace(Doubled):
+    """Overwrites the gradient that it gets."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return 2 * x
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g.mul_(2)
+
+
+class Stopped(Doubled):
+    """Gives no gradient at all."""
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> None:
         return None
 
 
-class Clipped(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return 2 * x
-
+class Clipped(Doubled):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Tensor:
         return g / g.norm()
@@ -74,6 +74,21 @@ def changed(change: Callable[[int, Tensor], Tensor]) -> Callable[[], Net]:
             return self.outputs(x)
 
     return Changed
+
+
+class Beside(Net):
+    """Two weights between two places: passes of their own, from one gradient."""
+
+    method = UPGrad
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pairs = nn.ModuleList(nn.Linear(6, 6) for _ in range(6))
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        for one, two in zip(self.pairs[::2], self.pairs[1::2], strict=True):
+            x = InPlace.apply(one(x).tanh() + two(x).sigmoid())
+        return self.outputs(x)
 
 
 class FirstApart(Net):
@@ -114,6 +129,7 @@ class SparseHead(Mlp):
 
 EXACT: dict[str, Callable[[], Net]] = {
     "attribute of leaves": changed(lambda i, x: Doubled.apply(x) if i == 2 else x),
+    "gradient changed in place": Beside,
     "no gradient": changed(lambda i, x: Stopped.apply(x) if i == 2 else x),
     "nodes below no gradient": changed(
         lambda i, x: (

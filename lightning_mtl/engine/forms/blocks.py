@@ -11,7 +11,7 @@ from torch.autograd.graph import GradientEdge
 
 from lightning_mtl.engine.forms.narrow import Probe
 from lightning_mtl.engine.gradients.cuts import Block, Part, blocks, parts
-from lightning_mtl.engine.gradients.passes import UNDEFINED, check_length, passed, put
+from lightning_mtl.engine.gradients.passes import check_length, passed, put
 from lightning_mtl.engine.gradients.rows import TaskGradients
 from lightning_mtl.engine.gradients.task_losses import TaskLosses
 from lightning_mtl.numerics import inner
@@ -69,10 +69,7 @@ class Blocks(Probe):
                 again = number < len(block.groups) - 1
                 for t in range(self.num_tasks):
                     output = self.losses[t] if block.top is None else above[t]
-                    if again and block.top is not None and output is not None:
-                        # What a hook of the node changes in place.
-                        output = output if output is UNDEFINED else output.clone()
-                    grads = self._passed(block.top, output, [*group, *others], bottom)
+                    grads = self._passed(block.top, output, [*group, *others], bottom, again=again)
                     put(views(rows[t], lie), grads[: len(group)])
                     heads = grads[len(group) : len(group) + len(others)]
                     self.gradients.heads.add(t, [self.names[id(p)] for p in others], heads)
@@ -86,8 +83,7 @@ class Blocks(Probe):
     def _begun(self, width: int) -> Tensor:
         """Memory for rows, kept between steps where that is at most a twentieth of J more.
 
-        Memory that is new costs the system more time than to copy into it. What is kept takes the
-        place of the gradients of the step before: at the next forward pass both are there.
+        Memory that is new costs the system more time than to copy into it.
         """
         size = self.num_tasks * width
         if 20 * min(size, _width(self.shared)) <= self.num_tasks * _width(self.shared) and width:
@@ -123,10 +119,11 @@ class Blocks(Probe):
         leaves: Sequence[Tensor],
         bottom: GradientEdge | None,
         *,
+        again: bool,
         retain_graph: bool = True,
     ) -> Sequence[Tensor | None]:
         """Gradients at the leaves of a block and at its bottom, from a loss or from the top."""
-        grads = passed(top, output, leaves, bottom, retain_graph=retain_graph)
+        grads = passed(top, output, leaves, bottom, again=again, retain_graph=retain_graph)
         shared = [(p, g) for p, g in zip(leaves, grads, strict=False) if id(p) in self._wanted]
         self._dense([p for p, _ in shared], [g for _, g in shared])
         return grads
@@ -171,7 +168,9 @@ class Blocks(Probe):
             for number, group in enumerate(block.groups, 1):
                 last = number == len(block.groups)
                 bottom, keep = block.bottom if last else None, again or not last
-                found = self._passed(block.top, output, group, bottom, retain_graph=keep)
+                found = self._passed(
+                    block.top, output, group, bottom, again=not last, retain_graph=keep
+                )
                 parts.update(self._parts(group, found))
                 output = found[-1] if bottom is not None else output
                 del found  # before the next pass makes others

@@ -26,6 +26,7 @@ def passed(
     leaves: Sequence[Tensor],
     bottom: GradientEdge | None,
     *,
+    again: bool,
     retain_graph: bool,
 ) -> list[Tensor | None]:
     """Gradients at the leaves of a block and at its bottom, from a loss or from the top.
@@ -35,6 +36,8 @@ def passed(
         output: the loss, or the gradient at the top; ``None`` where there is none.
         leaves: that are wanted.
         bottom: where it ends; ``None`` for nowhere else.
+        again: whether the gradient at the top enters once more, which functions and hooks may
+            change in place.
         retain_graph: whether the graph is needed once more.
     """
     inputs: list[Any] = [*leaves, *([] if bottom is None else [bottom])]
@@ -43,6 +46,8 @@ def passed(
     gradient = None if output is UNDEFINED else output
     if top is not None and gradient is None:
         output = zeros_at(top)
+    elif top is not None and again:
+        output = gradient = output.clone()
     with nullcontext() if top is None else entering(top, gradient):
         found = torch.autograd.grad(
             [output] if top is None else [top],
